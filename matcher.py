@@ -1,0 +1,266 @@
+"""
+The matching network: which exemplars of the pool should stand in front of this query?
+
+PILLOW (Qi et al. 2023) has two small MLPs, one for the query and one for the pool's prompts; the dot
+product of their outputs, over the pool, is a distribution. Here, with h(.) the language model's mean-pooled
+final hidden state, standardised by the pool's mean and std:
+
+    state s_t = (query x, exemplars chosen so far)
+    u   = unit( h(x) + MLP_q[h(x), mean of chosen h] )           query tower   (C,)
+    v_j = unit( h(p_j) + MLP_p[h(p_j)] )                         prompt tower  (n, C)
+    pi(j | s_t) = softmax over what is left of  exp(tau) (<u, v_j> + quality_j),  and *stop* beside them
+
+Both MLPs end in zeros, so before any training the matcher *is* cosine nearest neighbour and learning can
+only bend it (ours; ordinary initialisation, `identity=False`, has to find even that by trial and error).
+*stop* is an action of its own (ours), because a wrong exemplar is worse than none.
+
+Picks are without replacement: the distribution is renormalised over what is left at every step, so
+log pi of a sequence is the exact one (`Matcher.log_prob`; test_all.py enumerates every sequence).
+
+The other selectors it has to beat stand at the end: BM25, nearest neighbour, random, none. (`fixed`, the
+single best prompt, and the oracle need the language model: they are in rl.py.)
+
+Left out on purpose: attention between query and exemplars, approximate nearest-neighbour indexes (an exact
+scan of 100,000 entries takes milliseconds).
+"""
+
+import hashlib
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data import (UserError, encode_query, query_text, read_checkpoint, read_json, read_safetensors, write_checkpoint,
+                  write_json, write_safetensors)
+
+STOP = -1  # in a sequence of picks: "no further exemplar"
+
+
+class Matcher(nn.Module):
+    """C: feature width. hidden: width of the towers' MLPs. `stop=False` takes the stop action away."""
+
+    def __init__(self, C, hidden=256, stop=True, identity=True, tau=math.log(20.0)):
+        super().__init__()
+        self.settings = {"C": C, "hidden": hidden, "stop": stop, "identity": identity}
+        self.query_mlp = nn.Sequential(nn.Linear(2 * C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))  # +1: stop
+        self.prompt_mlp = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))  # +1: quality
+        if identity:
+            for mlp in (self.query_mlp, self.prompt_mlp):
+                nn.init.zeros_(mlp[-1].weight)
+                nn.init.zeros_(mlp[-1].bias)
+        self.tau = nn.Parameter(torch.tensor(float(tau)))
+        self.identity, self.stop = identity, stop
+        self.register_buffer("mean", torch.zeros(C))
+        self.register_buffer("std", torch.ones(C))
+
+    def standardise(self, pool_features):
+        """Take mean and std from the pool (n, C). A channel that never varies keeps scale 1."""
+        self.mean.copy_(pool_features.mean(0))
+        std = pool_features.std(0, correction=0)
+        self.std.copy_(torch.where(std > 1e-6, std, 1.0))
+
+    def z(self, features):
+        return (features - self.mean) / self.std
+
+    def prompts(self, features):
+        """Pool features (n, C) -> v (n, C) unit vectors, quality (n,), z (n, C): what every query meets."""
+        z = self.z(features)
+        out = self.prompt_mlp(z)  # (n, C + 1)
+        return F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1), out[:, -1], z
+
+    def logits(self, query, pool, chosen, forbidden=None, candidates=None):
+        """Unnormalised log pi of every action.
+
+        query (B, C) features; pool: from `prompts`; chosen (B, t) pool indices picked so far.
+        forbidden (B, n) bool: entries this query must not see (itself and its copies).
+        candidates (B, n) bool: if given, only these may be chosen.
+        Returns (B, n + 1), the last column being *stop*; -inf where not allowed.
+        """
+        v, quality, z_pool = pool
+        z = self.z(query)
+        context = z_pool[chosen].mean(1) if chosen.shape[1] else torch.zeros_like(z)  # (B, C)
+        out = self.query_mlp(torch.cat([z, context], -1))  # (B, C + 1)
+        u = F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1)
+        scores = torch.cat([u @ v.t() + quality, out[:, -1:]], -1) * self.tau.exp()  # (B, n + 1)
+        blocked = torch.zeros_like(scores, dtype=torch.bool)
+        if chosen.shape[1]:
+            blocked.scatter_(1, chosen, True)
+        if forbidden is not None:
+            blocked[:, :-1] |= forbidden
+        if candidates is not None:
+            blocked[:, :-1] |= ~candidates
+        blocked[:, -1] = False
+        if not self.stop:  # then stop remains only where nothing else does
+            blocked[:, -1] = ~blocked[:, :-1].all(1)
+        return scores.masked_fill(blocked, float("-inf"))
+
+    def act(self, query, pool, shots, generator=None, **limits):
+        """Up to `shots` picks for each query (B, C): greedy, or sampled when a generator is given.
+
+        Returns picks (B, shots), STOP from where an episode ended, and each pick's probability (B, shots).
+        """
+        B = query.shape[0]
+        picks, probs = torch.full((B, shots), STOP), torch.ones(B, shots)
+        rows = torch.arange(B)  # episodes that go on all have the same number of exemplars so far
+        for t in range(shots):
+            limit = {k: m[rows] for k, m in limits.items() if m is not None}
+            p = self.logits(query[rows], pool, picks[rows, :t], **limit).softmax(-1)  # (b, n + 1)
+            a = p.argmax(-1) if generator is None else torch.multinomial(p, 1, generator=generator)[:, 0]
+            probs[rows, t] = p.gather(1, a[:, None])[:, 0].detach()
+            n = p.shape[1] - 1
+            picks[rows, t] = torch.where(a == n, STOP, a)
+            rows = rows[a != n]
+            if not len(rows):
+                break
+        return picks, probs
+
+    def log_prob(self, query, pool, picks, **limits):
+        """Exact log pi of whole episodes: query (B, C), picks (B, m) -> log-probability (B,), entropy (B,).
+
+        log pi(a_1 .. a_m | x) = sum_t log pi(a_t | s_t), up to and including the stop; entropy is the mean over
+        the decisions an episode really took.
+        """
+        B, m = picks.shape
+        logp, entropy = query.new_zeros(B), query.new_zeros(B)
+        decisions = query.new_zeros(B)
+        rows = torch.arange(B)
+        for t in range(m):
+            limit = {k: mask[rows] for k, mask in limits.items() if mask is not None}
+            lp = self.logits(query[rows], pool, picks[rows, :t], **limit).log_softmax(-1)  # (b, n + 1)
+            a = picks[rows, t]
+            a = torch.where(a == STOP, lp.shape[1] - 1, a)
+            logp = logp.index_add(0, rows, lp.gather(1, a[:, None])[:, 0])
+            entropy = entropy.index_add(0, rows, -(lp.exp() * lp.clamp(min=-1e4)).sum(-1))  # 0 log 0 = 0
+            decisions = decisions.index_add(0, rows, torch.ones(len(rows)))
+            rows = rows[picks[rows, t] != STOP]
+            if not len(rows):
+                break
+        return logp, entropy / decisions
+
+    def save(self, folder, settings):
+        """matcher.safetensors (towers, feature mean and std) and config.json (`settings` say what it was made with)."""
+        write_safetensors(Path(folder) / "matcher.safetensors", {k: v.contiguous() for k, v in self.state_dict().items()})
+        write_json(Path(folder) / "config.json", {"matcher": self.settings, **settings})
+
+    @classmethod
+    def load(cls, folder):
+        """-> (matcher, settings). UserError when a file is missing, damaged, or does not fit."""
+        folder = Path(folder)
+        settings = read_json(folder / "config.json")
+        shape = settings.get("matcher")
+        if not isinstance(shape, dict) or any(type(shape.get(k)) is not int or not 0 < shape[k] <= 1 << 16 for k in ("C", "hidden")):
+            raise UserError(f"{folder / 'config.json'}: not a matcher's settings")
+        matcher = cls(shape["C"], shape["hidden"], bool(shape.get("stop", True)), bool(shape.get("identity", True)))
+        state, wanted = dict(read_safetensors(folder / "matcher.safetensors")), matcher.state_dict()
+        if set(state) != set(wanted) or any(state[k].shape != wanted[k].shape for k in wanted):
+            raise UserError(f"{folder / 'matcher.safetensors'}: its weights are not those that config.json describes")
+        matcher.load_state_dict(state)
+        return matcher, settings
+
+
+def cached_features(model, enc, examples, what, cache="cache"):
+    """h(.) of each example's question (its answer left out, so that queries and exemplars are alike): (n, C) float32.
+
+    Every text is embedded once and kept in cache/features/<model>/, under a digest of its text: a new pool
+    costs its new entries only. They are worked out 512 at a time, each part written when it is whole; an
+    interrupted run repeats the same parts, so its features are the same to the bit.
+    """
+    store = Path(cache) / "features" / f"{model.fingerprint}-{str(model.embed.weight.dtype).removeprefix('torch.')}"
+    known, parts = {}, []
+    for path in sorted(store.glob("*.safetensors")):
+        features, keys = read_checkpoint(path)
+        known |= {k: (len(parts), i) for i, k in enumerate(keys)}
+        parts.append(features["features"])
+    keys = [hashlib.sha256(query_text(e).encode()).hexdigest()[:24] for e in examples]
+    missing = list({k: i for i, k in reversed(list(enumerate(keys))) if k not in known}.values())[::-1]
+    bar = tqdm(total=len(missing), desc=f"features of {what}", unit="prompt", disable=not missing)
+    for s in range(0, len(missing), 512):
+        rows = missing[s:s + 512]
+        fresh = model.features([encode_query(enc, examples[i]) for i in rows])
+        names = [keys[i] for i in rows]
+        write_checkpoint(store / (hashlib.sha256("".join(names).encode()).hexdigest()[:24] + ".safetensors"), {"features": fresh}, names)
+        known |= {k: (len(parts), i) for i, k in enumerate(names)}
+        parts.append(fresh)
+        bar.update(len(rows))
+    bar.close()
+    return torch.stack([parts[known[k][0]][known[k][1]] for k in keys])
+
+
+def nearest(query, pool, k, forbidden=None):
+    """(B, n) bool: the k pool entries most similar to each query (B, C) by cosine, before any learning.
+
+    query and pool are standardised features. Restricting the policy to them keeps large pools learnable.
+    """
+    scores = F.normalize(query, dim=-1) @ F.normalize(pool, dim=-1).t()
+    if forbidden is not None:
+        scores = scores.masked_fill(forbidden, float("-inf"))
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(min(k, scores.shape[1])).indices, True)
+
+
+# ---- the selectors it is compared with: each returns a list of up to `shots` pool indices per query ----
+
+
+def select_none(queries):
+    return [[] for _ in queries]
+
+
+def select_random(forbidden, shots, seed):
+    """forbidden (B, n) bool -> distinct allowed entries, drawn uniformly."""
+    rng = np.random.default_rng(seed)
+    allowed = [np.flatnonzero(~row) for row in np.asarray(forbidden)]
+    return [rng.choice(a, min(shots, len(a)), replace=False).tolist() for a in allowed]
+
+
+def select_nearest(query, pool, forbidden, shots):
+    """Cosine nearest neighbours of standardised features, nearest first."""
+    scores = (F.normalize(query, dim=-1) @ F.normalize(pool, dim=-1).t()).masked_fill(forbidden, float("-inf"))
+    top = scores.topk(min(shots, scores.shape[1]), -1)
+    return [[i for i, s in zip(ids, values) if s > float("-inf")] for ids, values in zip(top.indices.tolist(), top.values.tolist())]
+
+
+class BM25:
+    """Okapi BM25 (Robertson & Zaragoza 2009) over the pool's questions: the classic lexical retriever.
+
+    score(q, d) = sum over words w of q:  idf(w) f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|)),  f = count of w in d
+    idf(w) = log(1 + (n - n_w + 0.5) / (n_w + 0.5))
+    """
+
+    def __init__(self, documents, k1=1.5, b=0.75):
+        counts = [Counter(self.words(d)) for d in documents]
+        length = np.array([sum(c.values()) for c in counts], dtype=np.float64)
+        self.n, norm = len(documents), k1 * (1 - b + b * length / max(length.mean(), 1e-9))
+        postings = {}
+        for i, c in enumerate(counts):
+            for w, f in c.items():
+                postings.setdefault(w, []).append((i, f))
+        self.postings = {}
+        for w, pairs in postings.items():
+            ids, f = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], dtype=np.float64)
+            idf = math.log(1 + (self.n - len(ids) + 0.5) / (len(ids) + 0.5))
+            self.postings[w] = ids, idf * f * (k1 + 1) / (f + norm[ids])
+
+    @staticmethod
+    def words(text):
+        return re.findall(r"\w+", text.lower())
+
+    def scores(self, text):
+        out = np.zeros(self.n)
+        for w in self.words(text):
+            if w in self.postings:
+                ids, weight = self.postings[w]
+                out[ids] += weight
+        return out
+
+    def select(self, texts, forbidden, shots):
+        """Best first; ties (and queries that share no word with the pool) go by position in the pool."""
+        out = []
+        for text, row in zip(texts, np.asarray(forbidden)):
+            order = np.argsort(-np.where(row, -np.inf, self.scores(text)), kind="stable")
+            out.append([int(i) for i in order[:shots] if not row[i]])
+        return out

@@ -1,0 +1,618 @@
+"""
+One decoder for Llama-style and GPT-2-style checkpoints, small enough to read in one sitting.
+
+The two families are the same machine with different parts:
+
+    part         Llama, SmolLM2, Qwen2                  GPT-2
+    norm         RMSNorm                                LayerNorm
+    positions    rotary, inside attention               a learned vector added to the embedding
+    attention    grouped heads (GQA)                    one key/value head per query head
+    MLP          down(silu(gate(x)) * up(x))            c_proj(gelu(c_fc(x)))
+
+so there is one `Block`, and each part is chosen where it is built. Leaf modules keep their Hugging
+Face names (`q_proj`, `c_attn`, ...), which is what LoRA targets and PEFT files speak of; `hf_keys`
+is the explicit map from our parameters to a checkpoint's.
+
+Beyond logits, PILLOW needs three things of its language model, all here: answers for a ragged batch
+of prompts (`generate`), the likelihood of a given answer (`answer_logprobs`) and mean-pooled
+features (`features`). The first two accept a `PrefixCache`: an exemplar's keys and values do not
+depend on the query behind it, so they are computed once per pool entry instead of once per rollout.
+
+Try it:
+
+    python -c "import model; m = model.GPT.from_pretrained('smollm2-135m'); print(m.config)"
+
+Left out on purpose: training of anything but causal language modelling, tensor parallelism,
+quantised weights, sliding windows, and every architecture beyond the families above (they are refused
+by name, never run wrongly). q/k/v and gate/up stay separate matrices: one fused product measured 5 %
+faster in decoding, not worth a second layout of the weights for LoRA to know about.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data import UserError, fingerprint, read_json, read_safetensors, resolve_model
+
+
+@dataclass
+class Config:
+    """The shape of a decoder. `from_hf` reads it from a Hugging Face `config.json`."""
+
+    family: str = "llama"  # "llama" or "gpt2"
+    vocab_size: int = 256
+    n_layer: int = 2
+    n_head: int = 4
+    n_kv_head: int = 2
+    n_embd: int = 64  # C
+    head_dim: int = 16  # D
+    n_ff: int = 128
+    n_ctx: int = 512
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3's, or None
+    gelu: str = "tanh"  # GPT-2's "gelu_new" is the tanh approximation, 4.7e-4 away from the exact one
+    tied: bool = True  # the output head is the embedding matrix
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    eos_ids: tuple = ()
+
+    @classmethod
+    def from_hf(cls, hf, where="config.json"):
+        """`hf`: the parsed config.json. Raises UserError naming whatever this decoder does not do."""
+        kind = hf.get("model_type")
+
+        def refuse(what):
+            raise UserError(f"{where}: {what} is not supported")
+
+        if kind not in ("llama", "qwen2", "gpt2"):
+            refuse(f"model_type {kind!r} (llama, qwen2 and gpt2 are)")
+        if hf.get("quantization_config"):
+            refuse("a quantised checkpoint")
+        eos = hf.get("eos_token_id")
+        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        try:
+            if kind == "gpt2":
+                gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}.get(
+                    hf.get("activation_function", "gelu_new")
+                )
+                if gelu is None:
+                    refuse(f"activation_function {hf['activation_function']!r}")
+                for flag in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
+                    if hf.get(flag):
+                        refuse(flag)
+                if hf.get("scale_attn_weights") is False:
+                    refuse("scale_attn_weights false")
+                C, H = hf["n_embd"], hf["n_head"]
+                return cls("gpt2", hf["vocab_size"], hf["n_layer"], H, H, C, C // H, hf.get("n_inner") or 4 * C,
+                           hf["n_positions"], hf.get("layer_norm_epsilon", 1e-5), gelu=gelu,
+                           tied=hf.get("tie_word_embeddings", True), qkv_bias=True, o_bias=True, mlp_bias=True,
+                           eos_ids=eos)
+            if hf.get("hidden_act", "silu") != "silu":
+                refuse(f"hidden_act {hf['hidden_act']!r}")
+            if hf.get("use_sliding_window"):
+                refuse("use_sliding_window")
+            # transformers 5 writes both rope settings into one dict, earlier versions into two keys
+            rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+            scaling = rope.get("rope_type", rope.get("type", "default"))
+            if scaling not in ("default", "llama3"):
+                refuse(f"rope scaling {scaling!r}")
+            C, H = hf["hidden_size"], hf["num_attention_heads"]
+            qwen = kind == "qwen2"
+            return cls("llama", hf["vocab_size"], hf["num_hidden_layers"], H, hf.get("num_key_value_heads") or H, C,
+                       hf.get("head_dim") or C // H, hf["intermediate_size"], hf["max_position_embeddings"],
+                       hf.get("rms_norm_eps", 1e-6),
+                       rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+                       rope if scaling == "llama3" else None,
+                       tied=hf.get("tie_word_embeddings", False), qkv_bias=qwen or hf.get("attention_bias", False),
+                       o_bias=not qwen and hf.get("attention_bias", False), mlp_bias=hf.get("mlp_bias", False),
+                       eos_ids=eos)
+        except KeyError as e:
+            raise UserError(f"{where}: the setting {e} is missing") from None
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019): LayerNorm without the centring."""
+
+    def __init__(self, C, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def rope_table(cfg, positions, dtype):
+    """Rotary position embedding (Su et al. 2021): (cos, sin), each (..., 1, D), for `positions` (...).
+
+    The first half of `sin` is negated, so that with roll(x, D/2) = [x2, x1] the rotation is one
+    line in `rotate`. Llama 3's scaling stretches the low frequencies only (Llama 3.1's model card).
+    """
+    i = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()
+    freq = cfg.rope_theta ** (-i / cfg.head_dim)  # (D/2,)
+    if s := cfg.rope_scaling:
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # turns over the original context
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as it was, 0: fully stretched
+        freq = keep * freq + (1 - keep) * freq / s["factor"]
+    angle = positions[..., None, None].float() * freq  # (..., 1, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+
+def rotate(x, rope):
+    """Rotate pairs (x_i, x_{i+D/2}) of `x` (B, T, H, D) by the angles in `rope`."""
+    cos, sin = rope
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.H, self.KV, self.D = cfg.n_head, cfg.n_kv_head, cfg.head_dim
+        C, q, kv = cfg.n_embd, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
+        if cfg.family == "gpt2":
+            self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        else:
+            self.q_proj = nn.Linear(C, q, bias=cfg.qkv_bias)
+            self.k_proj = nn.Linear(C, kv, bias=cfg.qkv_bias)
+            self.v_proj = nn.Linear(C, kv, bias=cfg.qkv_bias)
+            self.o_proj = nn.Linear(q, C, bias=cfg.o_bias)
+        self.gpt2 = cfg.family == "gpt2"
+
+    def forward(self, x, rope=None, cache=None, layer=0):
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).chunk(3, -1) if self.gpt2 else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = q.view(B, T, self.H, self.D), k.view(B, T, self.KV, self.D), v.view(B, T, self.KV, self.D)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or KV, T, D)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)  # (B, KV, S, D): all slots in use
+        if cache is None or cache.bias is None:
+            # Padding stands on the right, so causality already hides it from every real token: no mask.
+            # `is_causal` aligns query 0 with key 0, which is right only because the cache was empty.
+            G = self.H // self.KV
+            if G > 1:
+                k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
+            if torch.is_grad_enabled() and T <= 256 and x.device.type == "cpu":
+                # PyTorch's fused attention has a slow backward pass on CPUs; short sequences fit a plain one
+                scores = (q * self.D ** -0.5) @ k.transpose(2, 3)  # (B, H, T, T)
+                future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+                y = scores.masked_fill_(future, float("-inf")).softmax(-1) @ v
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            # The G query heads of a key/value head become G*T queries of it: keys are never repeated.
+            q = q.reshape(B, self.KV, -1, self.D)  # (B, KV, G*T, D)
+            bias = cache.bias.repeat(1, 1, self.H // self.KV, 1) if T > 1 else cache.bias  # (B, 1, G*T or 1, S)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            y = y.view(B, self.H, T, self.D)
+        y = y.transpose(1, 2).reshape(B, T, self.H * self.D)
+        return self.c_proj(y) if self.gpt2 else self.o_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        C, M, bias = cfg.n_embd, cfg.n_ff, cfg.mlp_bias
+        self.gelu = cfg.gelu if cfg.family == "gpt2" else None
+        if self.gelu:
+            self.c_fc, self.c_proj = nn.Linear(C, M), nn.Linear(M, C)
+        else:
+            self.gate_proj, self.up_proj = nn.Linear(C, M, bias=bias), nn.Linear(C, M, bias=bias)
+            self.down_proj = nn.Linear(M, C, bias=bias)
+
+    def forward(self, x):
+        if self.gelu:
+            return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        norm = nn.LayerNorm if cfg.family == "gpt2" else RMSNorm
+        self.norm1, self.attn = norm(cfg.n_embd, eps=cfg.norm_eps), Attention(cfg)
+        self.norm2, self.mlp = norm(cfg.n_embd, eps=cfg.norm_eps), MLP(cfg)
+
+    def forward(self, x, rope, cache, layer):
+        x = x + self.attn(self.norm1(x), rope, cache, layer)
+        return x + self.mlp(self.norm2(x))
+
+
+class KVCache:
+    """Keys and values of B rows in preallocated slots.
+
+    Every row writes the same slots in the same step; rows of unequal length simply leave holes, which
+    `valid` marks. A slot is storage, not a position: RoPE was applied with the true position of the
+    token, so where it lies does not matter. For a batch behind exemplars the slots are
+
+        [ exemplar, padded to P | query, padded to Q | answer tokens ... ]
+    """
+
+    def __init__(self, cfg, B, slots, like):
+        self.kv = torch.empty(2, cfg.n_layer, B, cfg.n_kv_head, slots, cfg.head_dim, dtype=like.dtype, device=like.device)
+        self.valid = torch.zeros(B, slots, dtype=torch.bool, device=like.device)
+        self.next_position = torch.zeros(B, dtype=torch.long, device=like.device)
+        self.used = 0
+        self.bias = None
+
+    def begin(self, lengths, T):
+        """Announce T new slots of which row b uses `lengths[b]`; returns their positions (B, T)."""
+        B, t = len(lengths), torch.arange(T, device=self.valid.device)
+        start, self.used = self.used, self.used + T
+        self.valid[:, start:self.used] = t < lengths[:, None]
+        positions = self.next_position[:, None] + t
+        self.next_position += lengths
+        self.bias = None
+        if start > 0:
+            # additive mask (B, 1, T, S). Inside the new slots it is causal for padding too, so that no
+            # row is ever fully masked (softmax over nothing is NaN, and NaN spreads through 0 * NaN)
+            see = self.valid[:, None, None, :self.used].expand(B, 1, T, self.used).clone()
+            see[..., start:] = t[:, None] >= t
+            self.bias = torch.zeros_like(see, dtype=self.kv.dtype).masked_fill_(~see, float("-inf"))
+        return positions
+
+    def write(self, layer, k, v):
+        T = k.shape[2]
+        self.kv[0, layer, :, :, self.used - T:self.used] = k
+        self.kv[1, layer, :, :, self.used - T:self.used] = v
+        return self.kv[0, layer, :, :, :self.used], self.kv[1, layer, :, :, :self.used]
+
+    def keep(self, rows):
+        """Keep only `rows`: finished answers leave the batch."""
+        self.kv, self.valid, self.next_position = self.kv[:, :, rows], self.valid[rows], self.next_position[rows]
+
+
+def pad(rows, device=None, fill=0):
+    """list of id lists -> (B, T) right-padded ids, (B,) lengths."""
+    lengths = torch.tensor([len(r) for r in rows])
+    out = torch.full((len(rows), int(lengths.max())), fill)
+    for b, r in enumerate(rows):
+        out[b, :len(r)] = torch.as_tensor(r)
+    return out.to(device), lengths.to(device)
+
+
+class GPT(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.config = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.n_embd) if cfg.family == "gpt2" else None
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        norm = nn.LayerNorm if cfg.family == "gpt2" else RMSNorm
+        self.norm = norm(cfg.n_embd, eps=cfg.norm_eps)
+        self.folder, self.fingerprint = None, ""  # set by from_pretrained
+        self.lm_head = None if cfg.tied else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    # ---- forward -------------------------------------------------------------------------------
+
+    def hidden(self, ids, cache=None, lengths=None):
+        """ids (B, T), right-padded -> final hidden states (B, T, C), after the last norm.
+
+        Without a cache, positions count from 0 and no mask is needed. With one, `lengths` (B,) says
+        how many of the T tokens of each row are real.
+        """
+        B, T = ids.shape
+        positions = torch.arange(T, device=ids.device)[None] if cache is None else cache.begin(lengths, T)
+        x = self.embed(ids)  # (B, T, C)
+        rope = None
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(positions.clamp(max=self.config.n_ctx - 1))  # only padding is ever clamped
+        else:
+            rope = rope_table(self.config, positions, x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, cache, layer)
+        return self.norm(x)
+
+    def logits(self, h):
+        """Final hidden states (..., C) -> logits (..., V). Called only where logits are used."""
+        return F.linear(h, self.embed.weight) if self.lm_head is None else self.lm_head(h)
+
+    def forward(self, ids):
+        """ids (B, T) -> logits (B, T, V)."""
+        return self.logits(self.hidden(ids))
+
+    # ---- what PILLOW asks of a language model --------------------------------------------------
+
+    @torch.inference_mode()
+    def features(self, prompts, batch_size=32, progress=False):
+        """Mean of the final hidden states over each prompt's real tokens: (N, C) float32, on the CPU."""
+        out = torch.zeros(len(prompts), self.config.n_embd)
+        self.check(prompts, 0)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together: little padding
+        bar = tqdm(total=len(prompts), desc="features", unit="prompt", disable=not progress)
+        for s in range(0, len(order), batch_size):
+            rows = order[s:s + batch_size]
+            ids, lengths = pad([prompts[i] for i in rows], self.device)
+            h = self.hidden(ids).float()  # (B, T, C)
+            real = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])[..., None]
+            out[rows] = ((h * real).sum(1) / lengths[:, None]).cpu()  # a zero times a finite padding state
+            bar.update(len(rows))
+        bar.close()
+        return out
+
+    @torch.inference_mode()
+    def answer_logprobs(self, prompts, answers, prefixes=None, prefix_cache=None, batch_size=64):
+        """Sum of log p(answer | prompt) over its tokens: (N,) float32. Lists of id lists; see `generate`."""
+        out = torch.zeros(len(prompts))
+        self.check([p + a for p, a in zip(prompts, answers)], 0, prefixes, prefix_cache)
+        for rows, cache in self._batches(prompts, prefixes, prefix_cache, batch_size, max(map(len, answers), default=0)):
+            ids, lengths = pad([prompts[i] + answers[i] for i in rows], self.device)
+            h = self.hidden(ids, cache, lengths)
+            # the state at token t predicts token t + 1
+            b = torch.tensor([n for n, i in enumerate(rows) for _ in answers[i]], device=self.device)
+            t = torch.tensor([len(prompts[i]) - 1 + j for i in rows for j in range(len(answers[i]))], device=self.device)
+            y = torch.tensor([y for i in rows for y in answers[i]], device=self.device)
+            logp = -F.cross_entropy(self.logits(h[b, t]).float(), y, reduction="none")
+            out[rows] = torch.zeros(len(rows), device=self.device).index_add_(0, b, logp).cpu()
+        return out
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, temperature=0.0, eos_ids=None, top_k=None, seed=None,
+                 prefixes=None, prefix_cache=None, batch_size=64, on_token=None):
+        """Continue prompts of unequal length: list of id lists -> list of id lists, without prompt and end token.
+
+        temperature 0 is greedy; `top_k` limits sampling to the k likeliest tokens; `seed` makes it repeatable.
+        eos_ids: ids that end an answer; None means the checkpoint's own, () means never stop early.
+        prefixes: per prompt an entry of `prefix_cache` that stands in front of it, or None.
+        on_token(row, id) is called for every new token, as it appears.
+        """
+        if temperature < 0:
+            raise ValueError("temperature must be 0 (greedy) or positive")
+        eos = set(self.config.eos_ids if eos_ids is None else eos_ids)
+        self.check(prompts, max_new_tokens, prefixes, prefix_cache)
+        rng = torch.Generator(self.device)
+        rng.manual_seed(seed) if seed is not None else rng.seed()
+        answers = [[] for _ in prompts]
+        if max_new_tokens < 1:
+            return answers
+        for rows, cache in self._batches(prompts, prefixes, prefix_cache, batch_size, max_new_tokens):
+            ids, lengths = pad([prompts[i] for i in rows], self.device)
+            h = self.hidden(ids, cache, lengths)  # (B, T, C)
+            h = h[torch.arange(len(rows), device=self.device), lengths - 1]  # (B, C): each row's last real token
+            done = set()
+            while True:
+                next_ids = self._pick(self.logits(h).float(), temperature, top_k, rng)  # (B,)
+                for b, (i, token) in enumerate(zip(rows, next_ids.tolist())):
+                    if i in done:
+                        continue
+                    if token not in eos:
+                        answers[i].append(token)
+                        if on_token:
+                            on_token(i, token)
+                    if token in eos or len(answers[i]) == max_new_tokens:
+                        done.add(i)
+                if len(done) == len(rows):
+                    break
+                # Copying the cache costs about one step, so finished rows leave a quarter of the batch at a time.
+                if len(done) * 4 >= len(rows):
+                    alive = [b for b, i in enumerate(rows) if i not in done]
+                    cache.keep(alive)
+                    rows, next_ids, done = [rows[b] for b in alive], next_ids[alive], set()
+                h = self.hidden(next_ids[:, None], cache, torch.ones_like(next_ids))[:, 0]  # (B, C)
+        return answers
+
+    def _batches(self, prompts, prefixes, prefix_cache, batch_size, extra):
+        """Yield (rows, cache) with prompts of like length together and the cache filled with their prefixes."""
+        prefixes = prefixes or [None] * len(prompts)
+        size = lambda i: (prefix_cache.length(prefixes[i]) if prefixes[i] is not None else 0, len(prompts[i]))
+        order = sorted(range(len(prompts)), key=lambda i: (sum(size(i)), i))
+        for s in range(0, len(order), batch_size):
+            rows = order[s:s + batch_size]
+            kvs = [prefix_cache[prefixes[i]] if prefixes[i] is not None else None for i in rows]
+            P, Q = (max(size(i)[d] for i in rows) for d in (0, 1))
+            cache = KVCache(self.config, len(rows), P + Q + extra, self.embed.weight)
+            if P:
+                lengths = torch.tensor([size(i)[0] for i in rows], device=self.device)
+                cache.begin(lengths, P)
+                cache.kv[..., :P, :] = 0  # holes are masked, but garbage there could be NaN, and 0 * NaN is NaN
+                for b, kv in enumerate(kvs):
+                    if kv is not None:
+                        cache.kv[:, :, b, :, :kv.shape[3]] = kv
+            yield rows, cache
+
+    @staticmethod
+    def _pick(logits, temperature, top_k, rng):
+        """logits (B, V) float32 -> the next id of each row (B,)."""
+        if temperature == 0:
+            return logits.argmax(-1)
+        if top_k:
+            top, ids = logits.topk(min(top_k, logits.shape[-1]))
+            return ids.gather(-1, torch.multinomial((top / temperature).softmax(-1), 1, generator=rng))[:, 0]
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
+
+    def check(self, prompts, new, prefixes=None, prefix_cache=None):
+        """Raise ValueError for an empty prompt, an id outside the vocabulary or one that outgrows the context."""
+        for n, p in enumerate(prompts):
+            before = prefix_cache.length(prefixes[n]) if prefixes and prefixes[n] is not None else 0
+            if not p:
+                raise ValueError(f"prompt {n} is empty")
+            if before + len(p) + new > self.config.n_ctx:
+                raise ValueError(f"prompt {n}: {before + len(p)} tokens + {new} new ones exceed the context of {self.config.n_ctx}")
+            if min(p) < 0 or max(p) >= self.config.vocab_size:
+                raise ValueError(f"prompt {n} holds an id outside the vocabulary of {self.config.vocab_size}")
+
+    # ---- loading -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir, dtype=torch.float32, device="cpu"):
+        """A short name, a Hub id or a folder in Hugging Face layout -> GPT, in eval mode.
+
+        UserError when the architecture is not supported, or a weight is missing, unexpected, of
+        another shape, or not finite: always with the weight's name.
+        """
+        folder = resolve_model(name_or_dir)
+        cfg = Config.from_hf(read_json(folder / "config.json"), folder / "config.json")
+        if (folder / "generation_config.json").exists():  # chat models end their turns with more than one id
+            eos = read_json(folder / "generation_config.json").get("eos_token_id")
+            cfg.eos_ids = tuple(dict.fromkeys(cfg.eos_ids + (tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else ())))
+        with torch.device("meta"):  # shapes only: no time or memory spent on initial values
+            model = cls(cfg)
+        index = folder / "model.safetensors.index.json"
+        files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        wanted = {}  # checkpoint name -> (our name, stored transposed?)
+        for ours, (theirs, transposed) in hf_keys(cfg).items():
+            wanted[theirs] = ours, transposed
+        state = {}
+        for file in files:
+            for theirs, tensor in read_safetensors(folder / file):
+                # GPT-2's own checkpoint has no "transformer." in front; buffers (causal masks, RoPE tables)
+                # were once saved as if they were weights
+                name = theirs if theirs in wanted else "transformer." + theirs
+                if name not in wanted:
+                    if theirs.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")) or theirs == "lm_head.weight" and cfg.tied:
+                        continue
+                    raise UserError(f"{folder / file}: the weight {theirs!r} has no place in a {cfg.family} model")
+                ours, transposed = wanted[name]
+                want = shapes[ours][::-1] if transposed else shapes[ours]
+                if tuple(tensor.shape) != want:
+                    raise UserError(f"{folder / file}: {theirs!r} has shape {tuple(tensor.shape)}, config.json asks for {want}")
+                tensor = tensor.to(device, dtype)
+                state[ours] = tensor.t().contiguous() if transposed else tensor
+        if missing := sorted(set(shapes) - set(state)):
+            raise UserError(f"{folder}: the weight {hf_keys(cfg)[missing[0]][0]!r} is missing"
+                            + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+        model.load_state_dict(state, assign=True)
+        model.folder, model.fingerprint = folder, fingerprint(folder)
+        return model.eval()
+
+    def save_pretrained(self, folder, source):
+        """Write weights and a copy of `source`'s config and tokenizer: a folder that `--model` accepts."""
+        from data import copy_files, write_safetensors
+
+        keys, state = hf_keys(self.config), self.state_dict()
+        tensors = {theirs: (state[ours].t() if t else state[ours]).contiguous() for ours, (theirs, t) in keys.items()}
+        write_safetensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
+        copy_files(source, folder, ["config.json", "tokenizer.json", "generation_config.json"])
+
+
+def hf_keys(cfg):
+    """{our parameter: (name in a Hugging Face checkpoint, stored transposed?)}, for every parameter.
+
+    GPT-2's Conv1D keeps weights as (in, out). One of them, attn.c_proj, is square, so a missing
+    transposition would pass every check of shapes: it has to be written down, here.
+    """
+    if cfg.family == "gpt2":
+        top = {"embed.weight": "transformer.wte.weight", "pos_embed.weight": "transformer.wpe.weight",
+               "norm.weight": "transformer.ln_f.weight", "norm.bias": "transformer.ln_f.bias"}
+        block, parts = "transformer.h", {"norm1": "ln_1", "norm2": "ln_2", "attn.c_attn": "attn.c_attn",
+                                         "attn.c_proj": "attn.c_proj", "mlp.c_fc": "mlp.c_fc", "mlp.c_proj": "mlp.c_proj"}
+        biased = set(parts)
+    else:
+        top = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+        block, parts = "model.layers", {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+        parts |= {f"attn.{p}_proj": f"self_attn.{p}_proj" for p in "qkvo"}
+        parts |= {f"mlp.{p}_proj": f"mlp.{p}_proj" for p in ("gate", "up", "down")}
+        biased = {f"attn.{p}_proj" for p in "qkv" if cfg.qkv_bias} | {"attn.o_proj" for _ in "o" if cfg.o_bias}
+        biased |= {p for p in parts if p.startswith("mlp.") and cfg.mlp_bias}
+    keys = {ours: (theirs, False) for ours, theirs in top.items()}
+    if not cfg.tied:
+        keys["lm_head.weight"] = ("lm_head.weight", False)
+    for i in range(cfg.n_layer):
+        for ours, theirs in parts.items():
+            keys[f"blocks.{i}.{ours}.weight"] = (f"{block}.{i}.{theirs}.weight", ".c_" in ours)
+            if ours in biased:
+                keys[f"blocks.{i}.{ours}.bias"] = (f"{block}.{i}.{theirs}.bias", False)
+    return keys
+
+
+class PrefixCache:
+    """Keys and values of what stands in front of a prompt, computed once per entry: {index: (2, L, KV, P, D)}.
+
+    entries: list of id lists. An exemplar at the very front has the same keys and values whatever
+    follows it, so every rollout behind it can share them, exactly. (Behind a *second* exemplar they would
+    depend on the first: a pool of n would have n^2 of those, few of them asked for twice, so the second
+    and later exemplars are simply part of the prompt.)
+
+    Entries are computed in fixed neighbourhoods of `block`, never in the order of asking: rounding in
+    bfloat16 depends on what shares a batch, and an interrupted run must end bit for bit like a whole one.
+    The least recently used entries are forgotten beyond `max_bytes`.
+    """
+
+    def __init__(self, model, entries, block=16, max_bytes=1 << 30):
+        self.model, self.entries, self.block, self.max_bytes = model, entries, block, max_bytes
+        self.kv, self.bytes = {}, 0
+        order = sorted(range(len(entries)), key=lambda i: len(entries[i]))  # like lengths share a block
+        self.blocks = {i: order[s:s + block] for s in range(0, len(order), block) for i in order[s:s + block]}
+
+    def length(self, i):
+        return len(self.entries[i])
+
+    def __getitem__(self, i):
+        kv = self.kv.pop(i, None)
+        if kv is None:
+            rows = self.blocks[i]
+            ids, lengths = pad([self.entries[j] for j in rows], self.model.device)
+            cache = KVCache(self.model.config, len(rows), ids.shape[1], self.model.embed.weight)
+            with torch.inference_mode():
+                self.model.hidden(ids, cache, lengths)
+            for b, j in enumerate(rows):
+                if j == i or j not in self.kv:
+                    fresh = cache.kv[:, :, b, :, :len(self.entries[j])].clone()
+                    self.bytes += fresh.nbytes
+                    if j == i:
+                        kv = fresh
+                    else:
+                        self.kv[j] = fresh
+            while self.bytes > self.max_bytes and self.kv:  # dicts keep insertion order: oldest first
+                self.bytes -= self.kv.pop(next(iter(self.kv))).nbytes
+        self.kv[i] = kv
+        return kv
+
+
+def pick_device(name="auto"):
+    """'auto' -> cuda, then mps, then cpu."""
+    if name != "auto":
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as e:
+            raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(name, device):
+    """-> (dtype, the reason, for the user to read). On a CPU 'auto' measures: bfloat16 is up to 4x faster where
+    the instructions exist (AVX512-BF16, AMX, Arm BF16), and slower than float32 where they do not."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "this GPU has it") if fast else (torch.float32, "this GPU has no bfloat16")
+    if device != "cpu":
+        return torch.float32, f"the safe choice on {device}"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+        runs = []
+        for _ in range(5):
+            start = time.perf_counter()
+            F.linear(x, w)
+            runs.append(time.perf_counter() - start)
+        seconds[dtype] = min(runs)
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    return (torch.bfloat16 if ratio > 1.5 else torch.float32), f"this CPU multiplies {ratio:.1f}x as fast in bfloat16"
+
+
+def setup(args):
+    """Threads, device and dtype from the common flags; says what was chosen and why. -> (device, dtype)"""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    dtype, reason = pick_dtype(args.dtype, device)
+    print(f"{device}, {str(dtype).removeprefix('torch.')} ({reason}), {torch.get_num_threads()} threads")
+    return device, dtype

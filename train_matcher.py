@@ -1,0 +1,258 @@
+"""
+Train the matching network with REINFORCE, then compare it with every other way of choosing exemplars.
+
+    python train_matcher.py                          # after train_lora.py: -> out/matcher, out/results.json
+    python train_matcher.py --pool my_pool.jsonl     # your own exemplars
+    python train_matcher.py --shots 3                # up to three exemplars a question
+    python train_matcher.py --eval_only              # the comparison again, with the matcher already trained
+    torchrun --nproc_per_node=2 train_matcher.py     # rollouts shared out over processes
+
+Data, split and model come from the adapter in out/lora, so that nothing the LoRA was trained on is ever a
+training, validation or test question here. Features of pool and questions are computed once and cached. The
+checkpoint kept is the one with the best greedy reward on validation questions; test questions are
+opened once, at the end, for all selectors together.
+"""
+
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import lora
+import rl
+from matcher import BM25, STOP, Matcher, cached_features, nearest, select_nearest, select_none, select_random
+from model import GPT, setup
+
+
+def forbidden(queries, pool):
+    """(B, n) bool: the pool entries that ask the same question as each query."""
+    where = {}
+    for j, e in enumerate(pool):
+        where.setdefault(data.same_question(e), []).append(j)
+    mask = torch.zeros(len(queries), len(pool), dtype=torch.bool)
+    for b, q in enumerate(queries):
+        mask[b, where.get(data.same_question(q), [])] = True
+    return mask
+
+
+def as_lists(picks):
+    """(B, m) tensor with STOP -> list of lists of pool indices."""
+    return [[p for p in row if p != STOP] for row in picks.tolist()]
+
+
+def choose_all(matcher, env, pool, queries, h_pool, h, shots, fixed, seed):
+    """{selector: list of picks per query} for every selector but the oracle."""
+    mask = forbidden(queries, pool)
+    z_pool, z = matcher.z(h_pool), matcher.z(h)
+    with torch.no_grad():
+        pillow = as_lists(matcher.act(h, matcher.prompts(h_pool), shots, forbidden=mask, candidates=limit(matcher, z, z_pool, mask))[0])
+    return {"none": select_none(queries), "random": select_random(mask, shots, seed),
+            "bm25": BM25([data.query_text(e) for e in pool]).select([data.query_text(q) for q in queries], mask, shots),
+            "knn": select_nearest(z, z_pool, mask, shots), "fixed": [fixed[:shots] for _ in queries], "pillow": pillow}
+
+
+def limit(matcher, z, z_pool, mask):
+    """The candidates mask the matcher was trained with, or None."""
+    return nearest(z, z_pool, matcher.candidates, mask) if matcher.candidates else None
+
+
+def main():
+    p = data.parser(__doc__)
+    p.add_argument("--pool", help="JSON / JSONL file of exemplars to choose from; default: the pool of the data (see data.split)")
+    p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
+    p.add_argument("--shots", type=data.number(int, 1, 16), default=1, help="the most exemplars in front of a question")
+    p.add_argument("--reward", help="exact, rouge, logprob, or a mix such as rouge:0.5,logprob:0.5; default: exact for styles, else logprob")
+    p.add_argument("--steps", type=data.number(int, 0), default=60, help="REINFORCE steps")
+    p.add_argument("--batch_size", type=data.number(int, 1), default=16, help="questions a step")
+    p.add_argument("--rollouts", type=data.number(int, 2), default=4, help="K, rollouts a question (the baseline needs two)")
+    p.add_argument("--lr", type=data.number(float, 0), default=1e-3, help="Adam's learning rate")
+    p.add_argument("--hidden", type=data.number(int, 1, 65536), default=256, help="width of the towers")
+    p.add_argument("--candidates", type=data.number(int, 0), default=0, help="let the policy choose among the nearest so many only; 0: the whole pool")
+    p.add_argument("--entropy_floor", type=data.number(float, 0), default=0.3, help="nats of policy entropy below which it is held back")
+    p.add_argument("--entropy_weight", type=data.number(float, 0), default=0.05, help="how strongly")
+    p.add_argument("--no_stop", action="store_true", help="take the stop action away: always --shots exemplars")
+    p.add_argument("--ordinary_init", action="store_true", help="towers that do not start as the identity (for comparison)")
+    p.add_argument("--max_new_tokens", type=data.number(int, 1), default=0 or 48, help="length limit of an answer")
+    p.add_argument("--eval_every", type=data.number(int, 1), default=10, help="steps between validations and checkpoints")
+    p.add_argument("--n_train", type=data.number(int, 1), help="use only so many matcher-train questions")
+    p.add_argument("--n_val", type=data.number(int, 1), default=96, help="validation questions, at most")
+    p.add_argument("--n_test", type=data.number(int, 1), default=800, help="test questions, at most")
+    p.add_argument("--oracle", type=data.number(int, 0), default=8, help="the oracle tries so many nearest exemplars for each question, and every other selector's choice")
+    p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
+    p.add_argument("--sft", help="folder of a fully fine-tuned model (train_lora.py --full), compared without exemplars")
+    p.add_argument("--eval_only", action="store_true", help="no training: compare with the matcher in OUT/matcher")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    args = p.parse_args()
+    ddp = data.Processes()
+    start = time.perf_counter()
+
+    # ---- load: adapter first, it says which data, split and model it was made with ---------------------
+    lora_folder = data.Path(args.lora or args.out / "lora")
+    if not (lora_folder / "adapter_config.json").exists():
+        raise data.UserError(f"{lora_folder}: no adapter there yet; run python train_lora.py --out {args.out} first")
+    made = data.read_json(lora_folder / "adapter_config.json").get("pillow") or {}
+    if not {"data", "seed", "max_tokens", "fingerprint", "model"} <= set(made):
+        raise data.UserError(f"{lora_folder}: this adapter does not say which data it was trained on; train it with train_lora.py")
+    name = made["model"] if args.model == p.get_default("model") else args.model
+    weights = rl.parse_reward(args.reward or ("exact" if made["data"] == "styles" else "logprob"))
+    headline = next(iter(weights)) if len(weights) == 1 else "logprob"
+    examples = data.load_examples(made["data"])
+    own_pool = data.load_examples(args.pool) if args.pool else None
+    device, dtype = setup(args)
+    model, enc = GPT.from_pretrained(name, dtype, device), data.load_tokenizer(name)
+    if made["fingerprint"] != model.fingerprint:
+        raise data.UserError(f"{lora_folder}: the adapter was made for {made['model']} ({made['fingerprint']}), not for {name} ({model.fingerprint})")
+    parts = data.split(data.keep_short(enc, examples, made["max_tokens"], made["data"]), made["seed"])
+    train, val, test = parts["matcher_train"][:args.n_train], parts["val"][:args.n_val], parts["test"][:args.n_test]
+    pool = own_pool or parts["pool"]
+    sizes = dict.fromkeys(("train", "val", "test"), len(pool)) if own_pool else parts["pool_sizes"]
+    if args.shots > sizes["train"]:
+        raise data.UserError(f"--shots {args.shots} is more than the pool's {sizes['train']} exemplars")
+
+    everything = pool + train + val + test
+    h = cached_features(model, enc, everything, "pool and questions")
+    h_pool, h_train, h_val, h_test = h.split([len(pool), len(train), len(val), len(test)])
+    lora.load(model, lora_folder)
+    lora.merge(model, keep_base=False)  # rollouts run at the speed of the plain model
+    adapter = data.digest_file(lora_folder / "adapter_model.safetensors")
+    env = rl.Environment(model, enc, pool, args.max_new_tokens, f"{model.fingerprint} {adapter} {dtype}", args.memo, ddp=ddp)
+
+    folder, state_path = args.out / "matcher", args.out / "last_matcher.safetensors"
+    settings = {k: str(v) if k in ("out", "pool") else v for k, v in vars(args).items() if k not in ("resume", "threads", "device", "eval_only", "memo", "sft")}
+    settings |= {"model": name, "data": made["data"], "lora_seed": made["seed"], "reward": weights, "fingerprint": model.fingerprint,
+                 "adapter": adapter, "template": data.TEMPLATE_VERSION, "pool_size": len(pool)}
+
+    # ---- train -----------------------------------------------------------------------------------------
+    torch.manual_seed(args.seed)
+    matcher = Matcher(model.config.n_embd, args.hidden, not args.no_stop, not args.ordinary_init)
+    matcher.candidates = args.candidates
+    n = sizes["train"]
+    matcher.standardise(h_pool[:n])
+    optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
+    mask_train, mask_val = forbidden(train, pool[:n]), forbidden(val, pool[:sizes["val"]])
+    z_pool = matcher.z(h_pool)
+    cand_train = limit(matcher, matcher.z(h_train), z_pool[:n], mask_train)
+    cand_val = limit(matcher, matcher.z(h_val), z_pool[:sizes["val"]], mask_val)
+    step, best, log, calls = 0, -np.inf, [], 0
+
+    def validate():
+        """Greedy on validation questions, whose houses (for styles) neither the LoRA nor the matcher ever trained on."""
+        with torch.no_grad():
+            picks = as_lists(matcher.act(h_val, matcher.prompts(h_pool[:sizes["val"]]), args.shots, forbidden=mask_val, candidates=cand_val)[0])
+        return float(env.score(weights, val, picks).mean()), rl.collapse_figures(picks, sizes["val"])
+
+    def checkpoint():
+        names = [k for k, _ in matcher.named_parameters()]
+        adam = {f"{k}.{m}": optimizer.state[q][m] for k, q in zip(names, matcher.parameters()) if q in optimizer.state for m in ("exp_avg", "exp_avg_sq")}
+        data.write_checkpoint(state_path, matcher.state_dict() | adam,
+                              {"step": step, "best": best, "log": log, "settings": settings, "asked": sorted(env.asked), "memo": env.memo, "cut": env.cut})
+        data.write_lines(args.out / "log_matcher.jsonl", log)
+
+    if args.resume and (saved := data.read_checkpoint(state_path)):
+        tensors, saved = saved
+        data.same_settings(settings, saved["settings"], state_path, free=("steps", "n_test", "oracle"))
+        step, best, log, env.cut = saved["step"], saved["best"], saved["log"], saved["cut"]
+        env.asked, env.memo = set(saved["asked"]), env.memo | saved["memo"]
+        matcher.load_state_dict({k: tensors[k] for k in matcher.state_dict()})
+        for k, q in matcher.named_parameters():
+            if f"{k}.exp_avg" in tensors:
+                optimizer.state[q] = {"step": torch.tensor(float(step)), "exp_avg": tensors[f"{k}.exp_avg"], "exp_avg_sq": tensors[f"{k}.exp_avg_sq"]}
+        print(f"resumed at step {step}")
+    if args.eval_only:
+        step = args.steps
+
+    bar = tqdm(range(step, args.steps), initial=step, total=args.steps, desc="REINFORCE", disable=ddp.rank > 0)
+    for step in bar:
+        if step == 0:
+            best, figures = validate()
+            log.append({"step": 0, "held_out": best, **figures, "calls": len(env.asked), "seconds": round(time.perf_counter() - start, 1)})
+            bar.write(f"step    0  held-out {best:.3f} (nearest neighbour, as it starts)")
+            if ddp.rank == 0:
+                matcher.save(folder, settings)
+        rng = torch.Generator().manual_seed((args.seed << 20) + step)  # from the step's number: a resumed run draws the same
+        rows = torch.randperm(len(train), generator=rng)[:args.batch_size]
+        limits = {"forbidden": mask_train[rows], "candidates": cand_train[rows] if cand_train is not None else None}
+        B, K = len(rows), args.rollouts
+        many = {k: m.repeat_interleave(K, 0) for k, m in limits.items() if m is not None}
+        with torch.no_grad():
+            picks, _ = matcher.act(h_train[rows].repeat_interleave(K, 0), matcher.prompts(h_pool[:n]), args.shots, rng, **many)
+        queries = [train[i] for i in rows.tolist() for _ in range(K)]
+        try:
+            rewards = torch.from_numpy(env.score(weights, queries, as_lists(picks))).view(B, K)
+            row = rl.reinforce_step(matcher, optimizer, h_pool[:n], h_train[rows], picks.view(B, K, -1), rewards,
+                                    args.entropy_floor, args.entropy_weight, limits)
+        except FloatingPointError as e:
+            raise data.UserError(f"step {step}: {e}. The last good checkpoint is {state_path}") from None
+        row |= {"step": step + 1, "lr": args.lr, "calls": len(env.asked), **rl.collapse_figures(as_lists(picks), n), "seconds": round(time.perf_counter() - start, 1)}
+        log.append(row)
+        step += 1
+        bar.set_postfix_str(f"reward {row['reward']:.3f}, entropy {row['entropy']:.2f}, {row['calls']} calls")
+        if step % args.eval_every == 0 or step == args.steps:
+            row["held_out"], figures = validate()
+            row["held_out_figures"] = figures
+            better = row["held_out"] > best
+            best = max(best, row["held_out"])
+            if ddp.rank == 0:
+                if better:
+                    matcher.save(folder, settings)
+                checkpoint()
+            bar.write(f"step {step:4d}  reward {row['reward']:.3f}  held-out {row['held_out']:.3f}{'  (best: saved)' if better else ''}  entropy {row['entropy']:.2f}"
+                      f"  {figures['distinct']} exemplars in use, none for {figures['none']:.0%}")
+    bar.close()
+    calls, train_seconds = len(env.asked), time.perf_counter() - start
+
+    # ---- compare, on questions never seen --------------------------------------------------------------
+    if not (folder / "config.json").exists():
+        raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py without --eval_only first")
+    matcher, made_with = Matcher.load(folder)
+    matcher.candidates = made_with["candidates"]
+    fixed = [rl.best_fixed(env, weights, train, sizes["train"], args.seed)]
+    fixed += [j for j in range(len(pool)) if j not in fixed][:args.shots - 1]
+    chosen = choose_all(matcher, env, pool, test, h_pool, h_test, args.shots, fixed, args.seed)
+    scores = {}  # {selector: {metric: (N,) array}}
+    metrics = ["exact", "rouge"] + ["logprob"] * (headline == "logprob")
+
+    def measure(picks, what):
+        return {m: env.score({m: 1.0}, test, picks, f"test: {what}") for m in metrics}
+
+    for selector, picks in chosen.items():
+        scores[selector] = measure(picks, selector)
+    # the oracle: for each question the best of everything tried for it, with the reference in hand
+    mask = forbidden(test, pool)
+    near = select_nearest(matcher.z(h_test), matcher.z(h_pool), mask, args.oracle) if args.oracle else [[] for _ in test]
+    tries = [[ps[b] for ps in chosen.values()] + [[j] for j in near[b]] for b in range(len(test))]
+    flat = env.score({headline: 1.0}, [q for q, t in zip(test, tries) for _ in t], [ps for t in tries for ps in t], "oracle")
+    ends = np.cumsum([len(t) for t in tries])
+    chosen["oracle"] = [t[int(np.argmax(flat[e - len(t):e]))] for t, e in zip(tries, ends)]
+    scores["oracle"] = measure(chosen["oracle"], "oracle")
+    if args.sft:
+        sft = GPT.from_pretrained(args.sft, dtype, device)
+        env_sft = rl.Environment(sft, enc, [], args.max_new_tokens, f"{sft.fingerprint} {dtype}", args.memo, ddp=ddp)
+        scores["sft"] = {m: env_sft.score({m: 1.0}, test, [[] for _ in test], "sft") for m in metrics}
+
+    head = {s: v[headline] for s, v in scores.items()}
+    paired = {f"pillow-{s}": rl.bootstrap(head["pillow"] - head[s]) for s in scores if s not in ("pillow", "oracle")}
+    gap = head["oracle"].mean() - head["none"].mean()
+    results = {"model": name, "data": made["data"], "n_test": len(test), "shots": args.shots, "seed": args.seed, "headline": headline,
+               "metrics": {s: {m: float(a.mean()) for m, a in v.items()} for s, v in scores.items()}, "paired": paired,
+               "gap_closed": float((head["pillow"].mean() - head["none"].mean()) / gap) if gap else None, "llm_calls": calls,
+               "seconds": {"train": round(train_seconds, 1), "all": round(time.perf_counter() - start, 1)},
+               "collapse": rl.collapse_figures(chosen["pillow"], len(pool)), "cut_answers": env.cut, "dropped_exemplars": env.dropped,
+               "empty_references": sum(not e["output"] for e in test), "n_pool": len(pool), "n_matcher_train": len(train),
+               "peak_memory_mb": data.peak_memory(), "dtype": str(dtype), "settings": settings}
+    if ddp.rank == 0:
+        print(f"\n{len(test)} test questions, pool of {len(pool)}, {calls:,} distinct LLM calls to train, {train_seconds / 60:.1f} min")
+        print(f"{'selector':10s}" + "".join(f"{m:>10s}" for m in metrics) + f"   pillow minus it ({headline}, 95 % interval)")
+        for s, v in results["metrics"].items():
+            against = paired.get(f"pillow-{s}")
+            print(f"{s:10s}" + "".join(f"{v[m]:10.3f}" for m in metrics) + (f"   {against[0]:+.3f}  [{against[1]:+.3f}, {against[2]:+.3f}]" if against else ""))
+        print(f"gap closed between none and oracle: {results['gap_closed']:.2f}" if gap else "")
+        data.write_json(args.out / "results.json", results)
+        if not args.eval_only:
+            data.write_json(folder / "pool.json", pool)
+
+
+if __name__ == "__main__":
+    data.run(main)
