@@ -1063,6 +1063,15 @@ class Processes:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if self.rank > 0:  # one voice
+            sys.stdout = open(os.devnull, "w")
+
+    def first(self, fetch):
+        """Rank 0 calls `fetch` (a download into the shared cache) while the others wait."""
+        if self.world > 1:
+            if self.rank == 0:
+                fetch()
+            torch.distributed.barrier()
 
     def sum(self, values):
         """Element-wise sum of a list of floats over all processes, in float64."""

@@ -218,10 +218,16 @@ def select_random(forbidden, shots, seed):
 
 
 def select_nearest(query, pool, forbidden, shots):
-    """Cosine nearest neighbours of standardised features, nearest first."""
-    scores = (F.normalize(query, dim=-1) @ F.normalize(pool, dim=-1).t()).masked_fill(forbidden, float("-inf"))
-    top = scores.topk(min(shots, scores.shape[1]), -1)
-    return [[i for i, s in zip(ids, values) if s > float("-inf")] for ids, values in zip(top.indices.tolist(), top.values.tolist())]
+    """Cosine nearest neighbours of standardised features, nearest first. forbidden (B, n) bool, or None."""
+    v, out = F.normalize(pool, dim=-1).t(), []
+    for s in range(0, len(query), 1024):  # bounded memory, however many questions
+        scores = F.normalize(query[s:s + 1024], dim=-1) @ v
+        if forbidden is not None:
+            scores = scores.masked_fill(forbidden[s:s + 1024], float("-inf"))
+        top = scores.topk(min(shots, scores.shape[1]), -1)
+        for ids, values in zip(top.indices.tolist(), top.values.tolist()):
+            out.append([i for i, value in zip(ids, values) if value > float("-inf")])
+    return out
 
 
 class BM25:

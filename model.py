@@ -150,7 +150,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
 
     def forward(self, x):
-        if self.weight.requires_grad:
+        if self.weight.requires_grad and torch.is_grad_enabled():  # full fine-tuning
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return FrozenRMSNorm.apply(x, self.weight, self.eps)
 

@@ -107,6 +107,7 @@ def main():
     state_path = args.out / "last_lora.safetensors"
     device, dtype = setup(args)
     examples = data.load_examples(args.data)  # a mistake in the data is found before a model is downloaded
+    ddp.first(lambda: data.resolve_model(args.model))
     model = GPT.from_pretrained(args.model, dtype, device)
     enc = data.load_tokenizer(args.model)
     examples = data.keep_short(enc, examples, args.max_tokens, args.data)
@@ -118,8 +119,8 @@ def main():
     if args.share_nearest:
         h = matcher.cached_features(model, enc, train + val, "training questions")
         h = (h - h[:len(train)].mean(0)) / h[:len(train)].std(0).clamp(min=1e-6)
-        itself = torch.eye(len(train) + len(val), len(train), dtype=torch.bool)
-        near = dict(enumerate(matcher.select_nearest(h, h[:len(train)], itself, args.train_shots)))
+        nearest = matcher.select_nearest(h, h[:len(train)], None, args.train_shots + 1)  # + 1: it finds itself
+        near = {i: [j for j in found if j != i][:args.train_shots] for i, found in enumerate(nearest)}
 
     if args.full:
         trainable = list(model.parameters())

@@ -106,6 +106,7 @@ def main():
     examples = data.load_examples(made["data"])
     own_pool = data.load_examples(args.pool) if args.pool else None
     device, dtype = setup(args)
+    ddp.first(lambda: data.resolve_model(name))
     model, enc = GPT.from_pretrained(name, dtype, device), data.load_tokenizer(name)
     if made["fingerprint"] != model.fingerprint:
         raise data.UserError(f"{lora_folder}: the adapter was made for {made['model']} ({made['fingerprint']}), not for {name} ({model.fingerprint})")
