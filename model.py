@@ -91,31 +91,42 @@ class Config:
                 if hf.get("scale_attn_weights") is False:
                     refuse("scale_attn_weights false")
                 C, H = hf["n_embd"], hf["n_head"]
-                return cls("gpt2", hf["vocab_size"], hf["n_layer"], H, H, C, C // H, hf.get("n_inner") or 4 * C,
+                cfg = cls("gpt2", hf["vocab_size"], hf["n_layer"], H, H, C, C // H, hf.get("n_inner") or 4 * C,
                            hf["n_positions"], hf.get("layer_norm_epsilon", 1e-5), gelu=gelu,
                            tied=hf.get("tie_word_embeddings", True), qkv_bias=True, o_bias=True, mlp_bias=True,
                            eos_ids=eos)
-            if hf.get("hidden_act", "silu") != "silu":
-                refuse(f"hidden_act {hf['hidden_act']!r}")
-            if hf.get("use_sliding_window"):
-                refuse("use_sliding_window")
-            # transformers 5 writes both rope settings into one dict, earlier versions into two keys
-            rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-            scaling = rope.get("rope_type", rope.get("type", "default"))
-            if scaling not in ("default", "llama3"):
-                refuse(f"rope scaling {scaling!r}")
-            C, H = hf["hidden_size"], hf["num_attention_heads"]
-            qwen = kind == "qwen2"
-            return cls("llama", hf["vocab_size"], hf["num_hidden_layers"], H, hf.get("num_key_value_heads") or H, C,
-                       hf.get("head_dim") or C // H, hf["intermediate_size"], hf["max_position_embeddings"],
-                       hf.get("rms_norm_eps", 1e-6),
-                       rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
-                       rope if scaling == "llama3" else None,
-                       tied=hf.get("tie_word_embeddings", False), qkv_bias=qwen or hf.get("attention_bias", False),
-                       o_bias=not qwen and hf.get("attention_bias", False), mlp_bias=hf.get("mlp_bias", False),
-                       eos_ids=eos)
+            else:
+                if hf.get("hidden_act", "silu") != "silu":
+                    refuse(f"hidden_act {hf['hidden_act']!r}")
+                if hf.get("use_sliding_window"):
+                    refuse("use_sliding_window")
+                # transformers 5 writes both rope settings into one dict, earlier versions into two keys
+                rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+                scaling = rope.get("rope_type", rope.get("type", "default"))
+                if scaling not in ("default", "llama3"):
+                    refuse(f"rope scaling {scaling!r}")
+                C, H = hf["hidden_size"], hf["num_attention_heads"]
+                qwen = kind == "qwen2"
+                cfg = cls("llama", hf["vocab_size"], hf["num_hidden_layers"], H, hf.get("num_key_value_heads") or H, C,
+                           hf.get("head_dim") or C // H, hf["intermediate_size"], hf["max_position_embeddings"],
+                           hf.get("rms_norm_eps", 1e-6),
+                           rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+                           rope if scaling == "llama3" else None,
+                           tied=hf.get("tie_word_embeddings", False), qkv_bias=qwen or hf.get("attention_bias", False),
+                           o_bias=not qwen and hf.get("attention_bias", False), mlp_bias=hf.get("mlp_bias", False),
+                           eos_ids=eos)
         except KeyError as e:
             raise UserError(f"{where}: the setting {e} is missing") from None
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+            raise UserError(f"{where}: a setting is of the wrong kind ({e})") from None
+        limits = {"vocab_size": 1 << 22, "n_layer": 1024, "n_head": 1024, "n_kv_head": 1024, "n_embd": 1 << 17, "head_dim": 1024,
+                  "n_ff": 1 << 20, "n_ctx": 1 << 28}  # far above any model, far below what would hang the machine
+        for key, most in limits.items():
+            if type(getattr(cfg, key)) is not int or not 0 < getattr(cfg, key) <= most:
+                refuse(f"{key} = {getattr(cfg, key)!r}")
+        if cfg.n_head % cfg.n_kv_head or cfg.family == "llama" and cfg.head_dim % 2 or kind == "gpt2" and cfg.head_dim * cfg.n_head != cfg.n_embd:
+            refuse(f"{cfg.n_head} heads of {cfg.head_dim} over {cfg.n_kv_head} key/value heads")
+        return cfg
 
 
 class FrozenRMSNorm(torch.autograd.Function):

@@ -52,6 +52,7 @@ def main():
     p.add_argument("--prompt", help="the question or instruction; without it, questions are read from standard input")
     p.add_argument("--input", default="", help="text the instruction is about")
     p.add_argument("--pool", help="JSON / JSONL file of exemplars; default: the pool the matcher was trained with")
+    p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
     p.add_argument("--shots", type=data.number(int, 1, 16), help="the most exemplars; default: as the matcher was trained")
     p.add_argument("--select", choices=SELECTORS, default="pillow", help="who chooses the exemplars")
     p.add_argument("--compare", action="store_true", help="answer under every selector, one after the other")
@@ -65,7 +66,7 @@ def main():
         p.error("--input needs --prompt")
 
     # ---- load ----------------------------------------------------------------------------------------
-    lora_folder, folder = args.out / "lora", args.out / "matcher"
+    lora_folder, folder = data.Path(args.lora or args.out / "lora"), args.out / "matcher"
     if not (lora_folder / "adapter_config.json").exists():
         raise data.UserError(f"{lora_folder}: no adapter there yet; run python train_lora.py first")
     if not (folder / "config.json").exists():

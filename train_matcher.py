@@ -176,6 +176,7 @@ def main():
             log.append({"step": 0, "held_out": best, **figures, "calls": len(env.asked), "seconds": round(time.perf_counter() - start, 1)})
             bar.write(f"step    0  held-out {best:.3f} (nearest neighbour, as it starts)")
             if ddp.rank == 0:
+                data.write_json(folder / "pool.json", pool)
                 matcher.save(folder, settings)
         rng = torch.Generator().manual_seed((args.seed << 20) + step)  # from the step's number: a resumed run draws the same
         rows = torch.randperm(len(train), generator=rng)[:args.batch_size]
@@ -270,8 +271,6 @@ def main():
         if swapped:
             print(f"with a pool of the {len(pool) - sizes['val']} exemplars never seen in training alone: pillow {swapped['pillow']:.3f}, knn {swapped['knn']:.3f}")
         data.write_json(args.out / "results.json", results)
-        if not args.eval_only:
-            data.write_json(folder / "pool.json", pool)
 
 
 if __name__ == "__main__":
