@@ -79,7 +79,7 @@ def make_batch(rows, exemplars, queries, answers, between, device):
 def main():
     p = data.parser(__doc__)
     p.add_argument("--data", default="styles", help="styles, alpaca, dolly, or a JSON / JSONL file in Alpaca's or Dolly's format")
-    p.add_argument("--steps", type=data.number(int, 1), default=80, help="optimiser steps")
+    p.add_argument("--steps", type=data.number(int, 1), default=64, help="optimiser steps")
     p.add_argument("--batch_size", type=data.number(int, 1), default=8, help="examples per step, over all processes")
     p.add_argument("--lr", type=data.number(float, 0), default=2e-3, help="peak learning rate (try 1e-5 with --full)")
     p.add_argument("--warmup", type=data.number(float, 0, 1), default=0.1, help="share of the steps in which the learning rate rises; then a cosine to a tenth of it")
@@ -92,7 +92,7 @@ def main():
     p.add_argument("--share_random", type=data.number(float, 0, 1), default=0.1, help="share of training examples behind a random exemplar")
     p.add_argument("--train_shots", type=data.number(int, 1, 16), default=1, help="the most exemplars in front of a training example")
     p.add_argument("--max_tokens", type=data.number(int, 8), default=256, help="longest question + answer that is kept")
-    p.add_argument("--eval_every", type=data.number(int, 1), default=40, help="steps between held-out losses and checkpoints")
+    p.add_argument("--eval_every", type=data.number(int, 1), default=32, help="steps between held-out losses and checkpoints")
     p.add_argument("--full", action="store_true", help="train every weight instead of an adapter; saved as a model folder in out/full")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler; pays from some minutes of training on)")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
