@@ -1006,6 +1006,13 @@ def number(kind, low, high=None):
     return parse
 
 
+def folder(text):
+    """An argparse type: a path that is a folder, or can become one."""
+    if any(p.exists() and not p.is_dir() for p in (Path(text), *Path(text).parents)):
+        raise argparse.ArgumentTypeError(f"{text} is a file, or lies in one")
+    return Path(text)
+
+
 def parser(doc, **defaults):
     """An ArgumentParser with the flags that mean the same in every script. `doc`: the script's docstring."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -1013,7 +1020,7 @@ def parser(doc, **defaults):
 
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     p.add_argument("--model", default="smollm2-135m", help=f"a short name ({', '.join(SHORT_NAMES)}), a Hub id org/name, or a folder in Hugging Face layout")
-    p.add_argument("--out", type=Path, default=Path("out"), help="folder for results")
+    p.add_argument("--out", type=folder, default=Path("out"), help="folder for results")
     p.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of everything random: the same seed gives the same run on the same machine")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where this machine is measured to multiply faster in it")

@@ -107,6 +107,9 @@ def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
     hits = {t: [n for n in found if n == t or n.endswith("." + t)] for t in targets}
     if unknown := [t for t in targets if not hits[t]]:
         raise UserError(f"--targets: no layer is called {unknown[0]!r}; this model has {', '.join(leaves)}")
+    thinnest = min(found[n].in_features for names in hits.values() for n in names)
+    if r > thinnest:
+        raise UserError(f"--rank {r} is more than the {thinnest} inputs of a layer: nothing would be low-rank about it")
     model.requires_grad_(False)
     for name in sorted({n for names in hits.values() for n in names}, key=list(found).index):
         parent, leaf = name.rsplit(".", 1)

@@ -88,6 +88,8 @@ class Environment:
         self.pool_keys = [data.digest(e) for e in pool]
         self.memo, self.asked, self.cut, self.dropped = {}, set(), 0, 0
         self.memo_path = Path(memo_path) if memo_path else None
+        if self.memo_path and not self.memo_path.parent.is_dir():
+            raise data.UserError(f"--memo {memo_path}: there is no folder {self.memo_path.parent}")
         if self.memo_path and self.memo_path.exists():
             for line in data.read_text(self.memo_path).split("\n"):
                 try:  # a line cut short by an interruption is an outcome to find again
