@@ -11,6 +11,7 @@ Without --prompt it reads questions from standard input until it ends, a line ea
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -66,7 +67,7 @@ def main():
         p.error("--input needs --prompt")
 
     # ---- load ----------------------------------------------------------------------------------------
-    lora_folder, folder = data.Path(args.lora or args.out / "lora"), args.out / "matcher"
+    lora_folder, folder = Path(args.lora or args.out / "lora"), args.out / "matcher"
     if not (lora_folder / "adapter_config.json").exists():
         raise data.UserError(f"{lora_folder}: no adapter there yet; run python train_lora.py first")
     if not (folder / "config.json").exists():

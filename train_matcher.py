@@ -14,6 +14,7 @@ opened once, at the end, for all selectors together.
 """
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ def main():
     start = time.perf_counter()
 
     # ---- load: adapter first, it says which data, split and model it was made with ---------------------
-    lora_folder = data.Path(args.lora or args.out / "lora")
+    lora_folder = Path(args.lora or args.out / "lora")
     if not (lora_folder / "adapter_config.json").exists():
         raise data.UserError(f"{lora_folder}: no adapter there yet; run python train_lora.py --out {args.out} first")
     made = data.read_json(lora_folder / "adapter_config.json").get("pillow") or {}
@@ -139,7 +140,7 @@ def main():
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
     mask_train, mask_val = forbidden(train, pool[:n]), forbidden(val, pool[:sizes["val"]])
     cand_train = limit(matcher, h_train, h_pool[:n], mask_train)
-    step, best, log, calls = 0, -np.inf, [], 0
+    step, best, log = 0, -np.inf, []
 
     def validate():
         """Greedy on validation questions, whose houses (for styles) neither the LoRA nor the matcher ever trained on."""
@@ -218,6 +219,8 @@ def main():
     if not (folder / "config.json").exists():
         raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py without --eval_only first")
     matcher, made_with = Matcher.load(folder)
+    if (made_with.get("fingerprint"), made_with.get("adapter")) != (model.fingerprint, adapter):
+        raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; train it again without --eval_only")
     matcher.candidates = made_with["candidates"]
     fixed = rl.best_fixed(env, weights, train, sizes["train"], args.seed)
     chosen = choose_all(matcher, pool, test, h_pool, h_test, args.shots, fixed, args.seed)
