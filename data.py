@@ -61,7 +61,7 @@ def run(main):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         return main()
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         status, line = 2, f"error: {error}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted; every file is whole, and --resume goes on from the last checkpoint"
@@ -159,9 +159,12 @@ def parse_json(text, where):
         raise UserError(f"{where}: no usable JSON: {error}") from None
 
 
-def read_json(path, limit=64 << 20):
-    """The content of a JSON file, checked as read_text and parse_json say."""
-    return parse_json(read_text(path, limit), path)
+def read_json(path, kind=None, limit=64 << 20):
+    """The content of a JSON file, checked as read_text and parse_json say, and that it is of `kind` (dict, list)."""
+    content = parse_json(read_text(path, limit), path)
+    if kind and not isinstance(content, kind):
+        raise UserError(f"{path}: a JSON {'object' if kind is dict else 'list'} is expected, this is a {type(content).__name__}")
+    return content
 
 
 # ---- GGUF: the file inside the default model's wheel -----------------------------------------
@@ -761,7 +764,7 @@ SOURCES = {  # name: (url at a fixed commit, sha256 where it is known)
 }
 
 
-def load_examples(name_or_path):
+def load_examples(name_or_path, flag="--data"):
     """'styles', 'alpaca', 'dolly' or a JSON / JSONL file -> list of {"instruction", "input", "output"}.
 
     Files have Alpaca's fields (instruction, input, output) or Dolly's (instruction, context, response).
@@ -777,14 +780,11 @@ def load_examples(name_or_path):
         if not path.exists():
             download(url.format(hub=hub_endpoint()), path, sha256, hint=f"; --data takes a file too, in {name.title()}'s format")
     elif not path.is_file():
-        raise UserError(f"--data {name}: not styles, alpaca or dolly, and no such file")
+        raise UserError(f"{flag} {name}: not styles, alpaca or dolly, and no such file")
     if path.suffix == ".jsonl":
         rows = [(n, parse_json(line, f"{path}, line {n}")) for n, line in enumerate(read_text(path, 1 << 28).split("\n"), 1) if line.strip()]
     else:
-        rows = read_json(path, 1 << 28)
-        if not isinstance(rows, list):
-            raise UserError(f"{path}: a list of examples is expected, this is a {type(rows).__name__}")
-        rows = list(enumerate(rows, 1))
+        rows = list(enumerate(read_json(path, list, 1 << 28), 1))
     examples = []
     for n, row in rows:
         if not isinstance(row, dict):
@@ -914,7 +914,7 @@ def split(examples, seed=0):
             by_house.setdefault((e["house"], e["field"]), []).append(e)
         out, pool, sizes = {}, [], {}
         for part, members in parts.items():
-            groups = [by_house[h, f] for h in members for f in _FIELDS]
+            groups = [by_house[h, f] for h in members for f in _FIELDS if (h, f) in by_house]
             out[part] = [e for group in groups for e in group[-per[part]:]]
             if part in ("matcher_train", "val", "test"):  # the first of a group is its exemplar
                 pool += [group[0] for group in groups]

@@ -18,6 +18,7 @@ would change the embedding too), DoRA, several adapters at once, per-layer ranks
 these are refused.
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -70,6 +71,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.original = None  # the base weight, while merged
         self.merged = None  # (merged weight, version of A and B it was made of), once merged
+        self.active = True  # False inside `bare`: the frozen layer alone
 
     def delta(self):
         """(alpha / r) B A: (out, in) float32."""
@@ -77,7 +79,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.base(x)
-        if self.original is not None:
+        if self.original is not None or not self.active:
             return y
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
@@ -92,7 +94,8 @@ def layers(model):
 def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
     """Freeze `model` and wrap its target layers; returns how many parameters now train.
 
-    targets: leaf names such as "q_proj,v_proj" (or a list), or "all" for every linear layer of the blocks.
+    targets: names such as "q_proj,v_proj" (or a list), or "all" for every linear layer of the blocks. As in PEFT,
+    a name stands for every layer whose full name, ours or Hugging Face's, ends in it.
     rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
     UserError when r is not positive or a name matches no layer.
     """
@@ -103,8 +106,9 @@ def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
     if targets == "all":
         targets = leaves
     targets = targets.split(",") if isinstance(targets, str) else list(targets)
-    # GPT-2 has two layers called c_proj; PEFT tells them apart as attn.c_proj and mlp.c_proj, and so do we
-    hits = {t: [n for n in found if n == t or n.endswith("." + t)] for t in targets}
+    keys = hf_keys(model.config)
+    full = {n: (f".blocks.{n}", "." + keys[f"blocks.{n}.weight"][0].removesuffix(".weight")) for n in found}
+    hits = {t: [n for n in found if any(name.endswith("." + t) for name in full[n])] for t in targets}
     if unknown := [t for t in targets if not hits[t]]:
         raise UserError(f"--targets: no layer is called {unknown[0]!r}; this model has {', '.join(leaves)}")
     thinnest = min(found[n].in_features for names in hits.values() for n in names)
@@ -172,6 +176,22 @@ def save(model, folder, base_model="", extra=None):
     write_json(Path(folder) / "adapter_config.json", config | ({"pillow": extra} if extra else {}))
 
 
+@contextlib.contextmanager
+def bare(model):
+    """Inside, the model answers as if it had no adapter; afterwards it is as it was, merged or not."""
+    merged = any(m.original is not None for m in layers(model).values())
+    unmerge(model)
+    for m in layers(model).values():
+        m.active = False
+    try:
+        yield model
+    finally:
+        for m in layers(model).values():
+            m.active = True
+        if merged:
+            merge(model)
+
+
 # what an adapter_config.json may ask for that we do not do: {setting: the values that ask for nothing}
 _REFUSED = {"use_dora": (False, None), "modules_to_save": (None, []), "layers_to_transform": (None, []),
             "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "exclude_modules": (None, []), "bias": ("none", None),
@@ -185,7 +205,7 @@ def load(model, folder):
     UserError when the file asks for what we do not do, or does not fit this model.
     """
     folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
+    config = read_json(folder / "adapter_config.json", dict)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder}: peft_type {config.get('peft_type')!r} is not LORA")
     for key, harmless in _REFUSED.items():
@@ -194,7 +214,7 @@ def load(model, folder):
     targets, r, alpha = config.get("target_modules"), config.get("r"), config.get("lora_alpha")
     if targets == "all-linear":
         targets = "all"
-    if isinstance(targets, str) and targets != "all" or not targets:
+    if targets != "all" and not (isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)):
         raise UserError(f"{folder / 'adapter_config.json'}: target_modules = {targets!r} is not a list of names")
     if type(r) is not int or not 0 < r <= 4096 or type(alpha) not in (int, float):
         raise UserError(f"{folder / 'adapter_config.json'}: r = {r!r} and lora_alpha = {alpha!r} are not usable numbers")

@@ -137,7 +137,7 @@ class Matcher(nn.Module):
             a = torch.where(a == STOP, lp.shape[1] - 1, a)
             logp = logp.index_add(0, rows, lp.gather(1, a[:, None])[:, 0])
             entropy = entropy.index_add(0, rows, -(lp.exp() * lp.clamp(min=-1e4)).sum(-1))  # 0 log 0 = 0
-            decisions = decisions.index_add(0, rows, torch.ones(len(rows)))
+            decisions = decisions.index_add(0, rows, torch.ones_like(logp[rows]))
             rows = rows[picks[rows, t] != STOP]
             if not len(rows):
                 break
@@ -152,7 +152,7 @@ class Matcher(nn.Module):
     def load(cls, folder):
         """-> (matcher, settings). UserError when a file is missing, damaged, or does not fit."""
         folder = Path(folder)
-        settings = read_json(folder / "config.json")
+        settings = read_json(folder / "config.json", dict)
         shape = settings.get("matcher")
         if not isinstance(shape, dict) or any(type(shape.get(k)) is not int or not 0 < shape[k] <= 1 << 16 for k in ("C", "hidden")):
             raise UserError(f"{folder / 'config.json'}: not a matcher's settings")
@@ -175,6 +175,8 @@ def cached_features(model, enc, examples, what, cache="cache"):
     known, parts = {}, []
     for path in sorted(store.glob("*.safetensors")):
         features, keys = read_checkpoint(path)
+        if not isinstance(keys, list) or "features" not in features or features["features"].shape != (len(keys), model.config.n_embd):
+            raise UserError(f"{path}: a damaged feature file; delete it and run again")
         known |= {k: (len(parts), i) for i, k in enumerate(keys)}
         parts.append(features["features"])
     keys = [hashlib.sha256(query_text(e).encode()).hexdigest()[:24] for e in examples]

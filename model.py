@@ -29,6 +29,7 @@ faster in decoding, not worth a second layout of the weights for LoRA to know ab
 """
 
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,16 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import UserError, fingerprint, read_json, read_safetensors, resolve_model
+from data import (UserError, atomic_write, fingerprint, read_json, read_safetensors, resolve_model,
+                  write_safetensors)
+
+
+def ids_of(value, where):
+    """A config's eos_token_id, which may be absent, one id, or a list of ids -> tuple of ids."""
+    ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError(f"{where}: eos_token_id = {value!r} is no token id")
+    return ids
 
 
 @dataclass
@@ -76,8 +86,7 @@ class Config:
             refuse(f"model_type {kind!r} (llama, qwen2 and gpt2 are)")
         if hf.get("quantization_config"):
             refuse("a quantised checkpoint")
-        eos = hf.get("eos_token_id")
-        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        eos = ids_of(hf.get("eos_token_id"), where)
         try:
             if kind == "gpt2":
                 gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}.get(
@@ -124,6 +133,12 @@ class Config:
         for key, most in limits.items():
             if type(getattr(cfg, key)) is not int or not 0 < getattr(cfg, key) <= most:
                 refuse(f"{key} = {getattr(cfg, key)!r}")
+        numbers = {"norm_eps": cfg.norm_eps, "rope_theta": cfg.rope_theta}
+        if cfg.rope_scaling:
+            numbers |= {k: cfg.rope_scaling.get(k) for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+        for key, value in numbers.items():
+            if type(value) not in (int, float) or not 0 < value < 1e30:
+                refuse(f"{key} = {value!r}")
         if cfg.n_head % cfg.n_kv_head or cfg.family == "llama" and cfg.head_dim % 2 or kind == "gpt2" and cfg.head_dim * cfg.n_head != cfg.n_embd:
             refuse(f"{cfg.n_head} heads of {cfg.head_dim} over {cfg.n_kv_head} key/value heads")
         return cfg
@@ -420,14 +435,14 @@ class GPT(nn.Module):
     def answer_logprobs(self, prompts, answers, prefixes=None, prefix_cache=None, batch_size=64):
         """Sum of log p(answer | prompt) over its tokens: (N,) float32. Lists of id lists; see `generate`."""
         out = torch.zeros(len(prompts))
+        self.check(prompts, 0)
         self.check([p + a for p, a in zip(prompts, answers)], 0, prefixes, prefix_cache)
         for rows, cache in self._batches(prompts, prefixes, prefix_cache, batch_size, max(map(len, answers), default=0)):
             ids, lengths = pad([prompts[i] + answers[i] for i in rows], self.device)
             h = self.hidden(ids, cache, lengths)
             # the state at token t predicts token t + 1
-            b = torch.tensor([n for n, i in enumerate(rows) for _ in answers[i]], device=self.device)
-            t = torch.tensor([len(prompts[i]) - 1 + j for i in rows for j in range(len(answers[i]))], device=self.device)
-            y = torch.tensor([y for i in rows for y in answers[i]], device=self.device)
+            spots = [(n, len(prompts[i]) - 1 + j, y) for n, i in enumerate(rows) for j, y in enumerate(answers[i])]
+            b, t, y = torch.tensor(spots, dtype=torch.long, device=self.device).view(-1, 3).unbind(1)  # row, position, token
             logp = -F.cross_entropy(self.logits(h[b, t]).float(), y, reduction="none")
             out[rows] = torch.zeros(len(rows), device=self.device).index_add_(0, b, logp).cpu()
         return out
@@ -527,14 +542,19 @@ class GPT(nn.Module):
         another shape, or not finite: always with the weight's name.
         """
         folder = resolve_model(name_or_dir)
-        cfg = Config.from_hf(read_json(folder / "config.json"), folder / "config.json")
+        cfg = Config.from_hf(read_json(folder / "config.json", dict), folder / "config.json")
         if (folder / "generation_config.json").exists():  # chat models end their turns with more than one id
-            eos = read_json(folder / "generation_config.json").get("eos_token_id")
-            cfg.eos_ids = tuple(dict.fromkeys(cfg.eos_ids + (tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else ())))
+            more = read_json(folder / "generation_config.json", dict).get("eos_token_id")
+            cfg.eos_ids = tuple(dict.fromkeys(cfg.eos_ids + ids_of(more, folder / "generation_config.json")))
         with torch.device("meta"):  # shapes only: no time or memory spent on initial values
             model = cls(cfg)
         index = folder / "model.safetensors.index.json"
-        files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        files = ["model.safetensors"]
+        if index.exists():
+            shards = read_json(index, dict).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
+                raise UserError(f"{index}: it does not name safetensors files")
+            files = sorted(set(shards.values()))
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         wanted = {}  # checkpoint name -> (our name, stored transposed?)
         for ours, (theirs, transposed) in hf_keys(cfg).items():
@@ -564,12 +584,13 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder, source):
         """Write weights and a copy of `source`'s config and tokenizer: a folder that `--model` accepts."""
-        from data import copy_files, write_safetensors
-
         keys, state = hf_keys(self.config), self.state_dict()
         tensors = {theirs: (state[ours].t() if t else state[ours]).contiguous() for ours, (theirs, t) in keys.items()}
         write_safetensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
-        copy_files(source, folder, ["config.json", "tokenizer.json", "generation_config.json"])
+        for name in ("config.json", "tokenizer.json", "generation_config.json"):
+            if (Path(source) / name).exists():
+                with atomic_write(Path(folder) / name) as temp:
+                    shutil.copyfile(Path(source) / name, temp)
 
 
 def hf_keys(cfg):

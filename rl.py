@@ -58,6 +58,8 @@ def parse_reward(text):
     weights = {}
     for part in text.split(","):
         name, _, weight = part.strip().partition(":")
+        if name in weights:
+            raise data.UserError(f"--reward {text}: {name} stands there twice")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
@@ -68,6 +70,16 @@ def parse_reward(text):
 
 
 # ---- the language model as an environment --------------------------------------------------------
+
+
+def prompt_room(model, enc, query, new):
+    """-> (the question's ids, how many tokens of exemplars fit in front); UserError when it alone is too long."""
+    ids = data.encode_query(enc, query)
+    room = model.config.n_ctx - new - len(ids)
+    if room < 0:
+        raise data.UserError(f"the question {query['instruction'][:40]!r} takes {len(ids)} tokens; with {new} for the answer "
+                             f"that exceeds the model's context of {model.config.n_ctx}")
+    return ids, room
 
 
 class Environment:
@@ -91,12 +103,16 @@ class Environment:
         if self.memo_path and not self.memo_path.parent.is_dir():
             raise data.UserError(f"--memo {memo_path}: there is no folder {self.memo_path.parent}")
         if self.memo_path and self.memo_path.exists():
-            for line in data.read_text(self.memo_path).split("\n"):
+            text = data.read_text(self.memo_path, 1 << 30)
+            for line in text.split("\n"):
                 try:  # a line cut short by an interruption is an outcome to find again
                     key, outcome = json.loads(line)
-                    self.memo[key] = outcome
-                except ValueError:
+                    self.memo[key] = outcome if isinstance(outcome, str) else float(outcome)
+                except (ValueError, TypeError):
                     continue
+            if text and not text.endswith("\n"):
+                with open(self.memo_path, "a", encoding="utf-8") as f:
+                    f.write("\n")
 
     def key(self, kind, query, picks):
         parts = [self.fingerprint, kind, str(self.max_new_tokens) if kind == "answer" else "", data.digest(query)]
@@ -104,10 +120,8 @@ class Environment:
 
     def prompt(self, query, picks, new):
         """-> (first exemplar or None, ids of all the rest), dropping exemplars, last-chosen first, until `new` more tokens fit."""
-        ids = data.encode_query(self.enc, query)
-        room, picks = self.model.config.n_ctx - new - len(ids), list(picks)
-        if room < 0:
-            raise data.UserError(f"the question alone takes {len(ids)} tokens; with {new} for the answer that exceeds the model's context of {self.model.config.n_ctx}")
+        ids, room = prompt_room(self.model, self.enc, query, new)
+        picks = list(picks)
         while sum(len(self.exemplars[p]) for p in picks) > room:
             picks.pop()
             self.dropped += 1
@@ -213,18 +227,20 @@ def collapse_figures(picks, n_pool):
 # ---- selectors that need the language model -------------------------------------------------------
 
 
-def best_fixed(env, weights, queries, size, seed, candidates=16):
+def best_fixed(env, weights, queries, mask, seed, candidates=16):
     """The single exemplar that serves matcher-train queries best, whatever the question; a baseline.
 
-    Trying all is dear, so by successive halving: `candidates` random entries of pool[:size] on 8 questions each,
-    the better quarter on 32, and so on. Returns pool indices, best first.
+    Trying all is dear, so by successive halving: `candidates` random entries on 8 questions each,
+    the better quarter on 32, and so on. mask (B, n) bool: entries a question must not see; it goes without.
+    Returns pool indices, best first.
     """
-    rng = np.random.default_rng(seed)
+    rng, size = np.random.default_rng(seed), mask.shape[1]
     left = rng.choice(size, min(candidates, size), replace=False).tolist()
     order, n, beaten = rng.permutation(len(queries)), 8, []
     while len(left) > 1:
-        some = [queries[i] for i in order[:n]]
-        score = env.score(weights, some * len(left), [[p] for p in left for _ in some], "fixed").reshape(len(left), -1).mean(1)
+        some = order[:n]
+        picks = [[] if mask[i, p] else [p] for p in left for i in some]
+        score = env.score(weights, [queries[i] for i in some] * len(left), picks, "fixed").reshape(len(left), -1).mean(1)
         ranked = [left[i] for i in np.argsort(-score, kind="stable")]
         keep = max(1, len(left) // 4)
         left, beaten, n = ranked[:keep], ranked[keep:] + beaten, n * 4

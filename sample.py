@@ -74,7 +74,7 @@ def main():
         raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py first")
     matcher, settings = Matcher.load(folder)
     matcher.candidates = settings["candidates"]
-    pool = data.load_examples(args.pool or folder / "pool.json")
+    pool = data.load_examples(args.pool or folder / "pool.json", "--pool")
     shots = args.shots or settings["shots"]
     if shots > len(pool):
         raise data.UserError(f"--shots {shots} is more than the pool's {len(pool)} exemplars")
@@ -86,6 +86,7 @@ def main():
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; run python train_matcher.py again")
     h_pool = cached_features(model, enc, pool, "the pool")
     lora.load(model, lora_folder)
+    lora.merge(model)
     with torch.no_grad():
         keys = matcher.prompts(h_pool)
     bm25 = BM25([data.query_text(e) for e in pool])
@@ -121,11 +122,11 @@ def main():
 
     def ask(question, text):
         query = {"instruction": question.strip(), "input": text.strip(), "output": ""}
-        if data.quote(question + text) != question + text:
+        if any(data.quote(part) != part for part in query.values()):
             print("(lines that look like a section heading were quoted, so that they stay part of the question)")
-        lora.unmerge(model)  # features come from the model without its adapter; answers from the two merged
-        h = model.features([data.encode_query(enc, query)])
-        lora.merge(model)
+        env.prompt(query, [], args.max_new_tokens)  # a question that is too long by itself is refused here
+        with lora.bare(model):  # features come from the model without its adapter, answers from the two merged
+            h = model.features([data.encode_query(enc, query)])
         for select in SELECTORS if args.compare else [args.select]:
             answer(query, h, select)
 

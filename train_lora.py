@@ -102,6 +102,8 @@ def main():
 
     # ---- load --------------------------------------------------------------------------------------
     ddp = data.Processes()
+    if args.batch_size < ddp.world:
+        p.error(f"--batch_size {args.batch_size} is less than the {ddp.world} processes")
     folder = args.out / ("full" if args.full else "lora")
     settings = {k: str(v) if k == "out" else v for k, v in vars(args).items() if k not in ("resume", "threads", "device")}
     state_path = args.out / "last_lora.safetensors"
@@ -146,7 +148,7 @@ def main():
     if args.resume and data.read_checkpoint(state_path) is not None:
         tensors, saved = data.read_checkpoint(state_path)
         data.same_settings(settings, saved["settings"], state_path)
-        step, best, log = saved["step"], saved["best"], saved["log"]
+        step, best, log = saved["step"], float("inf") if saved["best"] is None else saved["best"], saved["log"]
         for i, (t, m) in enumerate(zip(trainable, masters)):
             with torch.no_grad():
                 m.copy_(tensors[f"{i}.weight"])
@@ -181,7 +183,7 @@ def main():
         for i, m in enumerate(masters):
             s = optimizer.state[m]
             tensors |= {f"{i}.weight": m.detach(), f"{i}.m": s["exp_avg"], f"{i}.v": s["exp_avg_sq"]}
-        data.write_checkpoint(state_path, tensors, {"step": step + 1, "best": best, "log": log, "settings": settings})
+        data.write_checkpoint(state_path, tensors, {"step": step + 1, "best": best if math.isfinite(best) else None, "log": log, "settings": settings})
         data.write_lines(args.out / "log_lora.jsonl", log)
 
     # ---- loop --------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def choose_all(matcher, pool, queries, h_pool, h, shots, fixed, seed):
     z_pool, z = matcher.z(h_pool), matcher.z(h)
     return {"none": select_none(queries), "random": select_random(mask, shots, seed),
             "bm25": BM25([data.query_text(e) for e in pool]).select([data.query_text(q) for q in queries], mask, shots),
-            "knn": select_nearest(z, z_pool, mask, shots), "fixed": [fixed[:shots] for _ in queries],
+            "knn": select_nearest(z, z_pool, mask, shots), "fixed": [[j for j in fixed if not row[j]][:shots] for row in mask],
             "pillow": choose_greedily(matcher, h, h_pool, mask, shots)}
 
 
@@ -98,14 +98,14 @@ def main():
     lora_folder = Path(args.lora or args.out / "lora")
     if not (lora_folder / "adapter_config.json").exists():
         raise data.UserError(f"{lora_folder}: no adapter there yet; run python train_lora.py --out {args.out} first")
-    made = data.read_json(lora_folder / "adapter_config.json").get("pillow") or {}
-    if not {"data", "seed", "max_tokens", "fingerprint", "model"} <= set(made):
+    made = data.read_json(lora_folder / "adapter_config.json", dict).get("pillow")
+    if not isinstance(made, dict) or not {"data", "seed", "max_tokens", "fingerprint", "model"} <= set(made):
         raise data.UserError(f"{lora_folder}: this adapter does not say which data it was trained on; train it with train_lora.py")
     name = made["model"] if args.model == p.get_default("model") else args.model
     weights = rl.parse_reward(args.reward or ("exact" if made["data"] == "styles" else "logprob"))
     headline = next(iter(weights)) if len(weights) == 1 else "logprob"
     examples = data.load_examples(made["data"])
-    own_pool = data.load_examples(args.pool) if args.pool else None
+    own_pool = data.load_examples(args.pool, "--pool") if args.pool else None
     device, dtype = setup(args)
     ddp.first(lambda: data.resolve_model(name))
     model, enc = GPT.from_pretrained(name, dtype, device), data.load_tokenizer(name)
@@ -118,6 +118,11 @@ def main():
     if args.shots > sizes["train"]:
         raise data.UserError(f"--shots {args.shots} is more than the pool's {sizes['train']} exemplars")
 
+    if args.sft:
+        data.resolve_model(args.sft)  # what is missing or too long is found now, not after the training
+    for question in train + val + test:
+        rl.prompt_room(model, enc, question, args.max_new_tokens)
+
     everything = pool + train + val + test
     h = cached_features(model, enc, everything, "pool and questions")
     h_pool, h_train, h_val, h_test = h.split([len(pool), len(train), len(val), len(test)])
@@ -129,7 +134,7 @@ def main():
     folder, state_path = args.out / "matcher", args.out / "last_matcher.safetensors"
     settings = {k: str(v) if k in ("out", "pool") else v for k, v in vars(args).items() if k not in ("resume", "threads", "device", "eval_only", "memo", "sft")}
     settings |= {"model": name, "data": made["data"], "lora_seed": made["seed"], "reward": weights, "fingerprint": model.fingerprint,
-                 "adapter": adapter, "template": data.TEMPLATE_VERSION, "pool_size": len(pool)}
+                 "adapter": adapter, "template": data.TEMPLATE_VERSION, "pool_size": len(pool), "dtype": str(dtype)}
 
     # ---- train -----------------------------------------------------------------------------------------
     torch.manual_seed(args.seed)
@@ -169,16 +174,17 @@ def main():
         if saved := data.read_checkpoint(state_path):
             env.asked = set(saved[1]["asked"])
 
+    elif step == 0:
+        best, figures = validate()
+        log.append({"step": 0, "held_out": best, **figures, "calls": len(env.asked), "seconds": round(time.perf_counter() - start, 1)})
+        print(f"step    0  held-out {best:.3f} (nearest neighbour, as it starts)")
+        if ddp.rank == 0:
+            data.write_json(folder / "pool.json", pool)
+            matcher.save(folder, settings)
+
     interrupt = data.Interrupt()
     bar = tqdm(range(step, args.steps), initial=step, total=args.steps, desc="REINFORCE", disable=ddp.rank > 0)
     for step in bar:
-        if step == 0:
-            best, figures = validate()
-            log.append({"step": 0, "held_out": best, **figures, "calls": len(env.asked), "seconds": round(time.perf_counter() - start, 1)})
-            bar.write(f"step    0  held-out {best:.3f} (nearest neighbour, as it starts)")
-            if ddp.rank == 0:
-                data.write_json(folder / "pool.json", pool)
-                matcher.save(folder, settings)
         rng = torch.Generator().manual_seed((args.seed << 20) + step)  # from the step's number: a resumed run draws the same
         rows = torch.randperm(len(train), generator=rng)[:args.batch_size]
         limits = {"forbidden": mask_train[rows], "candidates": cand_train[rows] if cand_train is not None else None}
@@ -222,7 +228,7 @@ def main():
     if (made_with.get("fingerprint"), made_with.get("adapter")) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; train it again without --eval_only")
     matcher.candidates = made_with["candidates"]
-    fixed = rl.best_fixed(env, weights, train, sizes["train"], args.seed)
+    fixed = rl.best_fixed(env, weights, train, mask_train, args.seed)
     chosen = choose_all(matcher, pool, test, h_pool, h_test, args.shots, fixed, args.seed)
     scores = {}  # {selector: {metric: (N,) array}}
     metrics = ["exact", "rouge"] + ["logprob"] * (headline == "logprob")
