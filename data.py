@@ -163,7 +163,7 @@ def read_json(path, kind=None, limit=64 << 20):
     """The content of a JSON file, checked as read_text and parse_json say, and that it is of `kind` (dict, list)."""
     content = parse_json(read_text(path, limit), path)
     if kind and not isinstance(content, kind):
-        raise UserError(f"{path}: a JSON {'object' if kind is dict else 'list'} is expected, this is a {type(content).__name__}")
+        raise UserError(f"{path}: {'an object' if kind is dict else 'a list'} is expected, this is a {type(content).__name__}")
     return content
 
 

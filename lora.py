@@ -216,11 +216,13 @@ def load(model, folder):
         targets = "all"
     if targets != "all" and not (isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)):
         raise UserError(f"{folder / 'adapter_config.json'}: target_modules = {targets!r} is not a list of names")
-    if type(r) is not int or not 0 < r <= 4096 or type(alpha) not in (int, float):
-        raise UserError(f"{folder / 'adapter_config.json'}: r = {r!r} and lora_alpha = {alpha!r} are not usable numbers")
+    dropout = config.get("lora_dropout") or 0.0
+    for key, value, most in (("r", r, 4096), ("lora_alpha", alpha, 1e6), ("lora_dropout", dropout, 0.99)):
+        if type(value) not in (int, float) or not 0 <= value <= most or key == "r" and type(value) is not int:
+            raise UserError(f"{folder / 'adapter_config.json'}: {key} = {str(value)[:20]!r} is not a usable number")
     path = folder / "adapter_model.safetensors"
     found = dict(read_safetensors(path))
-    inject(model, r, alpha, targets, config.get("lora_dropout") or 0.0, bool(config.get("use_rslora")))
+    inject(model, r, alpha, targets, dropout, bool(config.get("use_rslora")))
     for name, theirs in _peft_names(model).items():
         m = model.get_submodule(name)
         for half, p in (("lora_A", m.lora_A), ("lora_B", m.lora_B)):

@@ -43,11 +43,15 @@ STOP = -1  # in a sequence of picks: "no further exemplar"
 
 
 class Matcher(nn.Module):
-    """C: feature width. hidden: width of the towers' MLPs. `stop=False` takes the stop action away."""
+    """C: feature width. hidden: width of the towers' MLPs. `stop=False` takes the stop action away.
 
-    def __init__(self, C, hidden=256, stop=True, identity=True, tau=math.log(20.0)):
+    candidates: choose among the nearest so many entries only (see `nearest`); 0: the whole pool.
+    """
+
+    def __init__(self, C, hidden=256, stop=True, identity=True, candidates=0, tau=math.log(20.0)):
         super().__init__()
-        self.settings = {"C": C, "hidden": hidden, "stop": stop, "identity": identity}
+        self.settings = {"C": C, "hidden": hidden, "stop": stop, "identity": identity, "candidates": candidates}
+        self.candidates = candidates
         self.query_mlp = nn.Sequential(nn.Linear(2 * C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))  # +1: stop
         self.prompt_mlp = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))  # +1: quality
         if identity:
@@ -156,7 +160,10 @@ class Matcher(nn.Module):
         shape = settings.get("matcher")
         if not isinstance(shape, dict) or any(type(shape.get(k)) is not int or not 0 < shape[k] <= 1 << 16 for k in ("C", "hidden")):
             raise UserError(f"{folder / 'config.json'}: not a matcher's settings")
-        matcher = cls(shape["C"], shape["hidden"], bool(shape.get("stop", True)), bool(shape.get("identity", True)))
+        candidates = shape.get("candidates", 0)
+        if type(candidates) is not int or candidates < 0:
+            raise UserError(f"{folder / 'config.json'}: candidates = {candidates!r} is no number of candidates")
+        matcher = cls(shape["C"], shape["hidden"], bool(shape.get("stop", True)), bool(shape.get("identity", True)), candidates)
         state, wanted = dict(read_safetensors(folder / "matcher.safetensors")), matcher.state_dict()
         if set(state) != set(wanted) or any(state[k].shape != wanted[k].shape for k in wanted):
             raise UserError(f"{folder / 'matcher.safetensors'}: its weights are not those that config.json describes")

@@ -552,7 +552,7 @@ class GPT(nn.Module):
         files = ["model.safetensors"]
         if index.exists():
             shards = read_json(index, dict).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
+            if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
                 raise UserError(f"{index}: it does not name safetensors files")
             files = sorted(set(shards.values()))
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -103,7 +103,7 @@ class Environment:
         if self.memo_path and not self.memo_path.parent.is_dir():
             raise data.UserError(f"--memo {memo_path}: there is no folder {self.memo_path.parent}")
         if self.memo_path and self.memo_path.exists():
-            text = data.read_text(self.memo_path, 1 << 30)
+            text = self.memo_path.read_text(encoding="utf-8", errors="replace")
             for line in text.split("\n"):
                 try:  # a line cut short by an interruption is an outcome to find again
                     key, outcome = json.loads(line)

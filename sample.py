@@ -73,7 +73,8 @@ def main():
     if not (folder / "config.json").exists():
         raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py first")
     matcher, settings = Matcher.load(folder)
-    matcher.candidates = settings["candidates"]
+    if not {"shots", "model", "fingerprint", "adapter"} <= set(settings):
+        raise data.UserError(f"{folder / 'config.json'}: it does not say what the matcher was made with; run python train_matcher.py again")
     pool = data.load_examples(args.pool or folder / "pool.json", "--pool")
     shots = args.shots or settings["shots"]
     if shots > len(pool):

@@ -138,8 +138,7 @@ def main():
 
     # ---- train -----------------------------------------------------------------------------------------
     torch.manual_seed(args.seed)
-    matcher = Matcher(model.config.n_embd, args.hidden, not args.no_stop, not args.ordinary_init)
-    matcher.candidates = args.candidates
+    matcher = Matcher(model.config.n_embd, args.hidden, not args.no_stop, not args.ordinary_init, args.candidates)
     n = sizes["train"]
     matcher.standardise(h_pool[:n])
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
@@ -227,7 +226,6 @@ def main():
     matcher, made_with = Matcher.load(folder)
     if (made_with.get("fingerprint"), made_with.get("adapter")) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; train it again without --eval_only")
-    matcher.candidates = made_with["candidates"]
     fixed = rl.best_fixed(env, weights, train, mask_train, args.seed)
     chosen = choose_all(matcher, pool, test, h_pool, h_test, args.shots, fixed, args.seed)
     scores = {}  # {selector: {metric: (N,) array}}
