@@ -34,6 +34,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import unittest
 import unittest.mock
 import zipfile
@@ -2570,7 +2571,7 @@ def resumes_to_the_same_bytes(*flags):
 
 
 def test_an_interrupted_lora_run_resumes_to_the_same_bytes():
-    resumes_to_the_same_bytes("--dropout", 0.1, "--train_shots", 2, "--share_random", 0.3)
+    resumes_to_the_same_bytes("--dropout", 0.1, "--shots", 2, "--share_random", 0.3)
 
 
 def test_an_interrupted_full_run_resumes_to_the_same_bytes():
@@ -2921,7 +2922,7 @@ def test_damaged_results_are_refused_in_one_line():
 
 def test_out_of_range_flags_are_refused_before_any_work():
     bad = {"train_lora": ["--steps 0", "--batch_size 0", "--lr -1", "--lr nan", "--lr inf", "--warmup 2", "--rank 0", "--dropout 1", "--share_nearest 1.5", "--steps x",
-                          "--share_nearest 0.8 --share_random 0.3", "--train_shots 0", "--seed -1", "--threads -1", "--dtype float16", "--nope", "--step 3", "--alpha -1"],
+                          "--share_nearest 0.8 --share_random 0.3", "--shots 0", "--seed -1", "--threads -1", "--dtype float16", "--nope", "--step 3", "--alpha -1"],
            "train_matcher": ["--shots 0", "--shots 17", "--rollouts 1", "--batch_size 0", "--lr -0.1", "--entropy_floor -1", "--entropy_floor nan", "--candidates -1", "--hidden 0"],
            "sample": ["--temperature -1", "--temperature nan", "--top_k -1", "--select best", "--max_new_tokens 0", "--shots 0"]}
     with folder() as d:
@@ -3006,8 +3007,170 @@ def main(names):
     return 1 if counts["failed"] else 0
 
 
-def bench():
-    """The table of speeds in the README."""
+def bench(rounds=5):
+    """Ours against transformers + PEFT on the same weights, dtype, threads and inputs, in turn, round by round.
+
+    Prints the ratio ours / theirs as median [min .. max] over the rounds: the machine's speed drifts, a ratio
+    of neighbours does not. Then how cost grows. Needs the default model (fetched once into cache/).
+    """
+    import resource
+    import statistics
+
+    torch.set_num_threads(os.cpu_count())
+    _, dtype = model.setup(types.SimpleNamespace(threads=0, device="cpu", dtype="auto"))
+    folder, enc = data.resolve_model("smollm2-135m"), data.load_tokenizer("smollm2-135m")
+    try:
+        import peft
+        import transformers
+        transformers.logging.set_verbosity_error()
+    except ImportError:
+        peft = transformers = None
+        print("transformers and peft are not installed: the peers' columns stay empty")
+
+    def ours():
+        return model.GPT.from_pretrained(folder, dtype)
+
+    def theirs():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+    def seconds(f):
+        start = time.perf_counter()
+        f()
+        return time.perf_counter() - start
+
+    def race(what, unit, amount, mine, peer=None, repeat=rounds):
+        mine(), peer and peer()  # warm up
+        times = [(seconds(mine), seconds(peer) if peer else float("nan")) for _ in range(repeat)]
+        a, b = (statistics.median(t[k] for t in times) for k in (0, 1))
+        ratios = sorted(t[1] / t[0] for t in times)
+        ratio = f"{statistics.median(ratios):5.2f} x [{ratios[0]:.2f} .. {ratios[-1]:.2f}]" if peer else "-"
+        print(f"{what:58s} {amount / a:9,.1f} {amount / b if peer else float('nan'):9,.1f} {unit:12s} {ratio}", flush=True)
+
+    print(f"\n{'':58s} {'ours':>9s} {'peer':>9s}")
+    B, T, A = 16, 96, 16  # one training batch: 16 sequences of 96 tokens, the last 16 of each are the answer
+    ids = torch.randint(100, 40_000, (B, T), generator=torch.Generator().manual_seed(0))
+    where = torch.tensor([b * T + T - A - 1 + t for b in range(B) for t in range(A)])
+    labels = ids.clone()
+    labels[:, :-A] = -100
+    for targets in ("q_proj,v_proj", "all"):
+        mine = ours()
+        lora.inject(mine, 8, 16, targets)
+        optimizer = torch.optim.AdamW(lora.parameters(mine), lr=1e-4)
+
+        def step():
+            (mine.train().loss(ids, where, labels[:, -A:].flatten()) / (B * A)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        peer_step = None
+        if peft:
+            names = targets.split(",") if targets != "all" else "all-linear"
+            peer = peft.get_peft_model(theirs(), peft.LoraConfig(r=8, lora_alpha=16, target_modules=names)).train()
+            peer_optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=1e-4)
+
+            def peer_step():
+                peer(input_ids=ids, labels=labels).loss.backward()
+                peer_optimizer.step()
+                peer_optimizer.zero_grad()
+
+        race(f"LoRA step, r 8 on {targets}, {B} x {T}", "tokens/s", B * T, step, peer_step)
+
+    parts = data.split(data.styles())
+    mine, peer = ours(), theirs() if peft else None
+    exemplars = [data.encode_exemplar(enc, e) for e in parts["pool"][:32]]
+    queries = [data.encode_query(enc, e) for e in parts["test"][:64]]
+    cache = model.PrefixCache(mine, exemplars)
+    prompts = [exemplars[i % 32] + q for i, q in enumerate(queries)]
+
+    def rollouts():
+        return mine.generate(queries, 16, eos_ids=(), prefixes=[i % 32 for i in range(64)], prefix_cache=cache)
+
+    def cold():
+        cache.kv.clear()
+        rollouts()
+
+    def peer_rollouts(batch=64):
+        out, order = [None] * 64, sorted(range(64), key=lambda i: len(prompts[i]))
+        for s in range(0, 64, batch):
+            rows = order[s:s + batch]
+            width = max(len(prompts[i]) for i in rows)
+            x = torch.zeros(len(rows), width, dtype=torch.long)
+            mask = torch.zeros_like(x)
+            for b, i in enumerate(rows):  # transformers generates behind left padding
+                x[b, width - len(prompts[i]):], mask[b, width - len(prompts[i]):] = torch.tensor(prompts[i]), 1
+            y = peer.generate(input_ids=x, attention_mask=mask, do_sample=False, max_new_tokens=16, min_new_tokens=16, pad_token_id=0, eos_token_id=None)
+            for b, i in enumerate(rows):
+                out[i] = y[b, width:].tolist()
+        return out
+
+    best = None
+    if peft:
+        peer.eval()
+        best = min((16, 32, 64), key=lambda n: seconds(lambda: peer_rollouts(n)))
+    race(f"rollouts: 64 queries behind 32 exemplars, 16 new (peer: batch {best})", "rollouts/s", 64, rollouts, peft and (lambda: peer_rollouts(best)))
+    race("  the same, exemplars' keys and values not yet cached", "rollouts/s", 64, cold, peft and (lambda: peer_rollouts(best)))
+
+    texts = [data.encode_query(enc, e) for e in parts["test"][:128]] + exemplars
+
+    def peer_features():
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        with torch.inference_mode():
+            for s in range(0, len(order), 32):
+                x, lengths = model.pad([texts[i] for i in order[s:s + 32]])
+                mask = torch.arange(x.shape[1]) < lengths[:, None]
+                h = peer.model(input_ids=x, attention_mask=mask.long()).last_hidden_state.float()
+                (h * mask[..., None]).sum(1) / lengths[:, None]
+
+    race("features: 160 prompts of unequal length", "prompts/s", len(texts), lambda: mine.features(texts), peft and peer_features)
+
+    if peft and dtype != torch.float32:
+        dtype = torch.float32
+        mine, peer = ours(), theirs().eval()
+        cache = model.PrefixCache(mine, exemplars)
+    if peft:
+        same = sum(a == b for a, b in zip(rollouts(), peer_rollouts(64)))
+        print(f"identical greedy answers in float32: {same} of 64")
+    del mine, peer, cache
+
+    print("\npeak memory of `train_lora.py --steps 3`, MB:", end=" ", flush=True)
+    peaks = {}
+    with tempfile.TemporaryDirectory() as tmp:
+        for flags in ([], ["--full", "--lr", "1e-5"]):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {!r})\n"
+                    "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+                    "finally: print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)").format(str(HERE))
+            out = subprocess.run([sys.executable, "-c", code, str(HERE / "train_lora.py"), "--model", str(folder.absolute()), "--steps", "3",
+                                  "--share_nearest", "0", "--out", tmp, *flags], cwd=tmp, capture_output=True, text=True)
+            peaks["full" if flags else "lora"] = int(out.stdout.rsplit("PEAK", 1)[1]) / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    print(f"LoRA {peaks['lora']:,.0f}, --full {peaks['full']:,.0f}: {peaks['lora'] / peaks['full']:.2f} x")
+
+    print("\nHow cost grows")
+    mine = ours()
+    lora.inject(mine, 8, 16)
+    for T in (64, 128, 256, 512):
+        ids = torch.randint(100, 40_000, (8, T))
+        where, y = torch.arange(8)[:, None].mul(T).add(torch.arange(T - 17, T - 1)).flatten(), torch.zeros(128, dtype=torch.long)
+        race(f"LoRA step, 8 x {T}", "tokens/s", 8 * T, lambda: mine.loss(ids, where, y).backward(), repeat=3)
+    mine = ours()
+    for n in (1, 4, 16, 64):
+        race(f"generation, batch {n}, 16 new tokens", "new tokens/s", 16 * n, lambda: mine.generate((prompts * 2)[:n], 16, eos_ids=()), repeat=3)
+    for n in (100, 1_000, 10_000, 100_000):
+        pool, tower = torch.randn(n, 576), matcher.Matcher(576)
+        with torch.no_grad():
+            keys = tower.prompts(pool)
+            race(f"choosing one exemplar of {n:,}", "choices/s", 1, lambda: tower.act(torch.randn(1, 576), keys, 1), repeat=21)
+    for n, shots in ((192, 1), (192, 3), (2_000, 1), (2_000, 3), (20_000, 1)):
+        pool, tower = torch.randn(n, 576), matcher.Matcher(576)
+        optimizer = torch.optim.Adam(tower.parameters())
+        query, rewards = torch.randn(16, 576), torch.rand(16, 4, dtype=torch.float64)
+
+        def update():
+            with torch.no_grad():
+                picks, _ = tower.act(query.repeat_interleave(4, 0), tower.prompts(pool), shots, torch.Generator())
+            rl.reinforce_step(tower, optimizer, pool, query, picks.view(16, 4, -1), rewards, 0.3, 0.05, {})
+
+        race(f"REINFORCE step without the LLM, pool {n:,}, shots {shots}", "steps/s", 1, update, repeat=3)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def main():
     p.add_argument("--dropout", type=data.number(float, 0, 0.99), default=0.0, help="dropout in front of A")
     p.add_argument("--share_nearest", type=data.number(float, 0, 1), default=0.7, help="share of training examples behind their nearest neighbour")
     p.add_argument("--share_random", type=data.number(float, 0, 1), default=0.1, help="share of training examples behind a random exemplar")
-    p.add_argument("--train_shots", type=data.number(int, 1, 16), default=1, help="the most exemplars in front of a training example")
+    p.add_argument("--shots", type=data.number(int, 1, 16), default=1, help="the most exemplars in front of a training example")
     p.add_argument("--max_tokens", type=data.number(int, 8), default=256, help="longest question + answer that is kept")
     p.add_argument("--eval_every", type=data.number(int, 1), default=32, help="steps between held-out losses and checkpoints")
     p.add_argument("--full", action="store_true", help="train every weight instead of an adapter; saved as a model folder in out/full")
@@ -121,8 +121,8 @@ def main():
     if args.share_nearest:
         h = matcher.cached_features(model, enc, train + val, "training questions")
         h = (h - h[:len(train)].mean(0)) / h[:len(train)].std(0).clamp(min=1e-6)
-        nearest = matcher.select_nearest(h, h[:len(train)], None, args.train_shots + 1)  # + 1: it finds itself
-        near = {i: [j for j in found if j != i][:args.train_shots] for i, found in enumerate(nearest)}
+        nearest = matcher.select_nearest(h, h[:len(train)], None, args.shots + 1)  # + 1: it finds itself
+        near = {i: [j for j in found if j != i][:args.shots] for i, found in enumerate(nearest)}
 
     if args.full:
         trainable = list(model.parameters())
@@ -167,7 +167,7 @@ def main():
         """Mean loss of an answer token, on held-out questions behind training exemplars in the training shares."""
         model.eval()
         rows = list(range(len(train), len(train) + min(len(val), 128)))
-        exemplars = with_exemplars(rows, len(train), near, shares, args.train_shots, random.Random(0))
+        exemplars = with_exemplars(rows, len(train), near, shares, args.shots, random.Random(0))
         order = sorted(range(len(rows)), key=lambda b: sum(len(queries[j]) for j in [*exemplars[b], rows[b]]))
         total = count = 0
         for s in range(0, len(order), 32):
@@ -195,7 +195,7 @@ def main():
     for step in bar:
         rng = random.Random(f"{args.seed} {step}")  # from the step's number: a resumed run draws the same
         torch.manual_seed((args.seed << 20) + step)
-        exemplars = with_exemplars(batches[step], len(train), near, shares, args.train_shots, rng)
+        exemplars = with_exemplars(batches[step], len(train), near, shares, args.shots, rng)
         n_tokens = sum(len(answers[j]) for i, front in zip(batches[step], exemplars) for j in [*front, i])
         mine = slice(ddp.rank, None, ddp.world)
         ids, where, targets = make_batch(batches[step][mine], exemplars[mine], queries, answers, between, device)
