@@ -1119,9 +1119,10 @@ def same_settings(now, then, path, free=()):
 
 def peak_memory():
     """Peak memory of this process so far, in MB; None where the platform does not tell."""
+    with contextlib.suppress(OSError):  # Linux: getrusage would count the parent's memory at the fork, too
+        return round(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
     try:
         import resource
     except ImportError:  # Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10))

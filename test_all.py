@@ -3007,13 +3007,12 @@ def main(names):
     return 1 if counts["failed"] else 0
 
 
-def bench(rounds=5):
+def bench(rounds=3):
     """Ours against transformers + PEFT on the same weights, dtype, threads and inputs, in turn, round by round.
 
     Prints the ratio ours / theirs as median [min .. max] over the rounds: the machine's speed drifts, a ratio
     of neighbours does not. Then how cost grows. Needs the default model (fetched once into cache/).
     """
-    import resource
     import statistics
 
     torch.set_num_threads(os.cpu_count())
@@ -3136,13 +3135,11 @@ def bench(rounds=5):
     peaks = {}
     with tempfile.TemporaryDirectory() as tmp:
         for flags in ([], ["--full", "--lr", "1e-5"]):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-            code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {!r})\n"
-                    "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-                    "finally: print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)").format(str(HERE))
+            code = ("import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {!r}); import data\n"
+                    "runpy.run_path(sys.argv[0], run_name='__main__'); print('PEAK', data.peak_memory())").format(str(HERE))
             out = subprocess.run([sys.executable, "-c", code, str(HERE / "train_lora.py"), "--model", str(folder.absolute()), "--steps", "3",
                                   "--share_nearest", "0", "--out", tmp, *flags], cwd=tmp, capture_output=True, text=True)
-            peaks["full" if flags else "lora"] = int(out.stdout.rsplit("PEAK", 1)[1]) / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+            peaks["full" if flags else "lora"] = int(out.stdout.rsplit("PEAK", 1)[1])
     print(f"LoRA {peaks['lora']:,.0f}, --full {peaks['full']:,.0f}: {peaks['lora'] / peaks['full']:.2f} x")
 
     print("\nHow cost grows")
