@@ -18,9 +18,9 @@ import torch
 import data
 import lora
 import rl
-from matcher import BM25, Matcher, cached_features, nearest, select_nearest
+from matcher import BM25, Matcher, cached_features, select_nearest
 from model import GPT, setup
-from train_matcher import as_lists, forbidden
+from train_matcher import as_lists, forbidden, limit
 
 SELECTORS = ("pillow", "knn", "bm25", "random", "none")
 
@@ -42,9 +42,8 @@ def choose(select, matcher, query, h, pool, h_pool, keys, bm25, shots, rng):
         return bm25.select([data.query_text(query)], mask, shots)[0], None
     if select == "knn":
         return select_nearest(matcher.z(h), matcher.z(h_pool), mask, shots)[0], None
-    near = nearest(matcher.z(h), matcher.z(h_pool), matcher.candidates, mask) if matcher.candidates else None
     with torch.no_grad():
-        picks, probs = matcher.act(h, keys, shots, forbidden=mask, candidates=near)
+        picks, probs = matcher.act(h, keys, shots, forbidden=mask, candidates=limit(matcher, h, h_pool, mask))
     return as_lists(picks)[0], probs[0].tolist()
 
 

@@ -44,7 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file as load_numpy
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import data
 import lora
@@ -53,7 +53,6 @@ import model
 import rl
 import sample
 import train_lora
-import train_matcher
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it helps
@@ -3026,10 +3025,10 @@ def bench(rounds=3):
         peft = transformers = None
         print("transformers and peft are not installed: the peers' columns stay empty")
 
-    def ours():
+    def ours(dtype=dtype):
         return model.GPT.from_pretrained(folder, dtype)
 
-    def theirs():
+    def theirs(dtype=dtype):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
     def seconds(f):
@@ -3122,11 +3121,9 @@ def bench(rounds=3):
 
     race("features: 160 prompts of unequal length", "prompts/s", len(texts), lambda: mine.features(texts), peft and peer_features)
 
-    if peft and dtype != torch.float32:
-        dtype = torch.float32
-        mine, peer = ours(), theirs().eval()
-        cache = model.PrefixCache(mine, exemplars)
     if peft:
+        mine, peer = ours(torch.float32), theirs(torch.float32).eval()
+        cache = model.PrefixCache(mine, exemplars)
         same = sum(a == b for a, b in zip(rollouts(), peer_rollouts(64)))
         print(f"identical greedy answers in float32: {same} of 64")
     del mine, peer, cache

@@ -145,8 +145,8 @@ def main():
             block.compile(dynamic=True)
 
     step, best, log = 0, float("inf"), []
-    if args.resume and data.read_checkpoint(state_path) is not None:
-        tensors, saved = data.read_checkpoint(state_path)
+    if args.resume and (saved := data.read_checkpoint(state_path)):
+        tensors, saved = saved
         data.same_settings(settings, saved["settings"], state_path)
         step, best, log = saved["step"], float("inf") if saved["best"] is None else saved["best"], saved["log"]
         for i, (t, m) in enumerate(zip(trainable, masters)):

@@ -54,9 +54,8 @@ def choose_greedily(matcher, h, h_pool, mask, shots):
         return as_lists(matcher.act(h, matcher.prompts(h_pool), shots, forbidden=mask, candidates=limit(matcher, h, h_pool, mask))[0])
 
 
-def choose_all(matcher, pool, queries, h_pool, h, shots, fixed, seed):
-    """{selector: list of picks per query} for every selector but the oracle."""
-    mask = forbidden(queries, pool)
+def choose_all(matcher, pool, queries, h_pool, h, mask, shots, fixed, seed):
+    """{selector: list of picks per query} for every selector but the oracle. mask (B, n): see `forbidden`."""
     z_pool, z = matcher.z(h_pool), matcher.z(h)
     return {"none": select_none(queries), "random": select_random(mask, shots, seed),
             "bm25": BM25([data.query_text(e) for e in pool]).select([data.query_text(q) for q in queries], mask, shots),
@@ -227,7 +226,8 @@ def main():
     if (made_with.get("fingerprint"), made_with.get("adapter")) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; train it again without --eval_only")
     fixed = rl.best_fixed(env, weights, train, mask_train, args.seed)
-    chosen = choose_all(matcher, pool, test, h_pool, h_test, args.shots, fixed, args.seed)
+    mask = forbidden(test, pool)
+    chosen = choose_all(matcher, pool, test, h_pool, h_test, mask, args.shots, fixed, args.seed)
     scores = {}  # {selector: {metric: (N,) array}}
     metrics = ["exact", "rouge"] + ["logprob"] * (headline == "logprob")
 
@@ -238,15 +238,14 @@ def main():
         scores[selector] = measure(picks, selector)
     swapped = {}
     if sizes["val"] < len(pool):  # PILLOW's promise: another pool, nothing retrained. Here, one with no exemplar ever seen
-        new, mask = slice(sizes["val"], None), forbidden(test, pool[sizes["val"]:])
-        picks = {"knn": select_nearest(matcher.z(h_test), matcher.z(h_pool[new]), mask, args.shots),
-                 "pillow": choose_greedily(matcher, h_test, h_pool[new], mask, args.shots)}
+        new = slice(sizes["val"], None)
+        picks = {"knn": select_nearest(matcher.z(h_test), matcher.z(h_pool[new]), mask[:, new], args.shots),
+                 "pillow": choose_greedily(matcher, h_test, h_pool[new], mask[:, new], args.shots)}
         for selector, ps in picks.items():
             ps = [[j + sizes["val"] for j in row] for row in ps]
             swapped[selector] = float(env.score({headline: 1.0}, test, ps, "test: swapped pool").mean())
     # the oracle: for each question the best of everything tried for it, with the reference in hand
-    mask = forbidden(test, pool)
-    near = select_nearest(matcher.z(h_test), matcher.z(h_pool), mask, args.oracle) if args.oracle else [[] for _ in test]
+    near = select_nearest(matcher.z(h_test), matcher.z(h_pool), mask, args.oracle)
     tries = [[ps[b] for ps in chosen.values()] + [[j] for j in near[b]] for b in range(len(test))]
     flat = env.score({headline: 1.0}, [q for q, t in zip(test, tries) for _ in t], [ps for t in tries for ps in t], "oracle")
     ends = np.cumsum([len(t) for t in tries])
