@@ -16,6 +16,7 @@ the four the default model may use, two processes fetching the same model at onc
 """
 
 import argparse
+import atexit
 import collections
 import contextlib
 import errno
@@ -727,6 +728,7 @@ def encode(enc, text, piece=100_000):
 
 # ---- text -> tokens: the template ----------------------------------------------------------------
 
+OPENING = "### Instruction:\n"  # every exemplar and every question begins with it
 BETWEEN = "\n\n\n"  # two blank lines between an exemplar and what follows
 TEMPLATE_VERSION = 1  # part of every fingerprint: change the template, and old features and adapters no longer match
 _HEADINGS = re.compile(r"^(\s*)(#+[ \t]*(?:instruction|input|response)[ \t]*:)", re.I | re.M)
@@ -743,7 +745,7 @@ def quote(text):
 def query_text(example):
     """Alpaca's sections without its preamble, up to where the answer begins (one blank line between sections)."""
     middle = f"\n\n### Input:\n{quote(example['input'])}" if example["input"] else ""
-    return f"### Instruction:\n{quote(example['instruction'])}{middle}\n\n### Response:\n"
+    return f"{OPENING}{quote(example['instruction'])}{middle}\n\n### Response:\n"
 
 
 def encode_query(enc, example):
@@ -1079,7 +1081,10 @@ class Processes:
     def __init__(self):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            atexit.register(torch.distributed.destroy_process_group)  # gloo's threads abort a process that ends without it
         if self.rank > 0:  # one voice
             sys.stdout = open(os.devnull, "w")
 
@@ -1094,7 +1099,7 @@ class Processes:
         """Element-wise sum of a list of floats over all processes, in float64."""
         if self.world == 1:
             return values
-        t = torch.tensor(values, dtype=torch.float64, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+        t = torch.tensor(values, dtype=torch.float64)
         torch.distributed.all_reduce(t)
         return t.tolist()
 

@@ -96,7 +96,8 @@ class Environment:
         self.model, self.enc, self.pool, self.ddp = model, enc, pool, ddp or data.Processes()
         self.max_new_tokens, self.batch_size, self.fingerprint = max_new_tokens, batch_size, fingerprint
         self.exemplars = [data.encode_exemplar(enc, e) for e in pool]
-        self.prefix_cache = PrefixCache(model, self.exemplars, max_bytes=cache_bytes)
+        self.opening = data.encode(enc, data.OPENING)  # what follows an exemplar begins with it, whatever it is: cached, too
+        self.prefix_cache = PrefixCache(model, [ids + self.opening for ids in self.exemplars], max_bytes=cache_bytes)
         self.pool_keys = [data.digest(e) for e in pool]
         self.memo, self.asked, self.cut, self.dropped = {}, set(), 0, 0
         self.memo_path = Path(memo_path) if memo_path else None
@@ -119,13 +120,16 @@ class Environment:
         return hashlib.sha256("|".join(parts + [self.pool_keys[p] for p in picks]).encode()).hexdigest()[:32]
 
     def prompt(self, query, picks, new):
-        """-> (first exemplar or None, ids of all the rest), dropping exemplars, last-chosen first, until `new` more tokens fit."""
+        """-> (entry of the prefix cache or None, ids of all the rest), dropping exemplars, last-chosen first, until `new` more tokens fit."""
         ids, room = prompt_room(self.model, self.enc, query, new)
         picks = list(picks)
         while sum(len(self.exemplars[p]) for p in picks) > room:
             picks.pop()
             self.dropped += 1
-        return picks[0] if picks else None, [t for p in picks[1:] for t in self.exemplars[p]] + ids
+        pieces, n = [self.exemplars[p] for p in picks] + [ids], len(self.opening)
+        if picks and len(pieces[1]) > n and pieces[1][:n] == self.opening:
+            return picks[0], sum(pieces[1:], [])[n:]
+        return None, sum(pieces, [])  # no exemplar; or a question whose first characters melt into the opening's last token
 
     def outcomes(self, kind, queries, picks, progress=None):
         """kind "answer": the greedy answer's text. kind "logprob": mean log-likelihood a token of the reference.

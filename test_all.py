@@ -1680,23 +1680,25 @@ def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
     predicts      7  8  9
     """
     queries, answers = {0: [5, 6], 1: [4]}, {0: [7, 8, 9], 1: [3, 9]}
-    ids, where, targets = train_lora.make_batch([1, 0], [[0], []], queries, answers, [2, 2], "cpu")
+    ids, where, targets, lengths = batch = train_lora.make_batch([1, 0], [[0], []], queries, answers, [2, 2], "cpu")
     assert ids.tolist() == [[5, 6, 7, 8, 2, 2, 4, 3], [5, 6, 7, 8, 0, 0, 0, 0]]
     assert where.tolist() == [1, 2, 3, 6, 7, 8 + 1, 8 + 2, 8 + 3] and targets.tolist() == [7, 8, 9, 3, 9, 7, 8, 9]
     m = tiny()
     with torch.no_grad():
         logp = m(ids).double().log_softmax(-1).flatten(0, 1)
         want = -sum(logp[i, t].item() for i, t in [(1, 7), (2, 8), (3, 9), (6, 3), (7, 9), (9, 7), (10, 8), (11, 9)])
-        close(m.loss(ids, where, targets), want, 1e-4)
+        assert lengths.tolist() == [8, 4]
+        close(m.loss(*batch), want, 1e-4)
+        close(m.loss(ids, where, targets), want, 1e-4)  # padding computed or left out: the same
 
 
 def test_only_answer_positions_have_a_gradient():
-    m, (ids, where, targets) = tiny(), train_lora.make_batch([1, 0], [[0], []], {0: [5, 6], 1: [4]}, {0: [7, 8, 9], 1: [3, 9]}, [2, 2], "cpu")
+    m, (ids, where, targets, lengths) = tiny(), train_lora.make_batch([1, 0], [[0], []], {0: [5, 6], 1: [4]}, {0: [7, 8, 9], 1: [3, 9]}, [2, 2], "cpu")
     for head_trains in (True, False):
         m.embed.weight.requires_grad_(head_trains)
         h = torch.randn(2, 8, 32, requires_grad=True)
-        with unittest.mock.patch.object(m, "hidden", lambda ids: h):
-            m.loss(ids, where, targets).backward()
+        with unittest.mock.patch.object(m, "hidden", lambda *args: h):
+            m.loss(ids, where, targets, lengths).backward()
         assert h.grad.flatten(0, 1).abs().sum(1).nonzero()[:, 0].tolist() == sorted(where.tolist())
 
 
@@ -1717,7 +1719,7 @@ def test_training_text_is_what_the_model_will_be_asked():
     """Training sees exactly the ids that a rollout or sample.py puts in front of the model, then the answer."""
     enc = encoding()
     queries, answers = ([f(enc, e) for e in (DATE, PLAIN)] for f in (data.encode_query, data.encode_answer))
-    ids, _, _ = train_lora.make_batch([1], [[0]], queries, answers, data.encode(enc, data.BETWEEN), "cpu")
+    ids, *_ = train_lora.make_batch([1], [[0]], queries, answers, data.encode(enc, data.BETWEEN), "cpu")
     assert ids[0].tolist() == data.encode_exemplar(enc, DATE) + data.encode_query(enc, PLAIN) + data.encode_answer(enc, PLAIN)[:-1]
 
 
@@ -2227,7 +2229,8 @@ def test_exemplars_that_do_not_fit_are_dropped_the_last_chosen_first():
         env = environment(tiny(max_position_embeddings=len(ids) + 12 + room))
         first, rest = env.prompt(QUERIES[0], [0, 1, 2], 12)
         assert first == (want[0] if want else None)
-        assert rest == [t for j in want[1:] for t in env.exemplars[j]] + ids
+        front = env.prefix_cache.entries[first] if want else []
+        assert front + rest == [t for j in want for t in env.exemplars[j]] + ids
         assert env.dropped == 3 - len(want)
         assert len(env.outcomes("answer", QUERIES[:1], [[0, 1, 2]])) == 1  # and the model takes it
     message = refused(environment(tiny(max_position_embeddings=len(ids) + 11)).prompt, QUERIES[0], [], 12)
@@ -2523,8 +2526,8 @@ def test_the_adapter_in_out_lora_has_the_held_out_loss_of_the_log():
 def test_the_adapter_that_is_kept_is_the_best_not_the_last():
     held_out, saved = iter([3.0, 1.0, 2.0, 1.5]), []
 
-    def loss(self, ids, where, targets, original=model.GPT.loss):
-        return original(self, ids, where, targets) if torch.is_grad_enabled() else torch.tensor(next(held_out) * len(targets))
+    def loss(self, ids, where, targets, lengths, original=model.GPT.loss):
+        return original(self, ids, where, targets, lengths) if torch.is_grad_enabled() else torch.tensor(next(held_out) * len(targets))
 
     def save(m, *args, original=lora.save):
         saved.append([p.clone() for p in lora.parameters(m)])
@@ -2644,8 +2647,8 @@ def in_two_processes(name, d):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [start(name, cwd=d, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in (0, 1)]
-    for status, _, err in list(map(finish, ranks)):
-        assert status == 0, err
+    ended = list(map(finish, ranks))
+    assert [status for status, *_ in ended] == [0, 0], ended
 
 
 def test_two_processes_give_the_losses_of_one():

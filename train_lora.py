@@ -57,7 +57,7 @@ def with_exemplars(rows, n, near, shares, shots, rng):
 
 
 def make_batch(rows, exemplars, queries, answers, between, device):
-    """-> ids (B, T), where (N,) flat positions whose next token is an answer token, targets (N,) those tokens.
+    """-> ids (B, T), where (N,) flat positions whose next token is an answer token, targets (N,) those tokens, lengths (B,).
 
     An exemplar's answer counts as well: it is a training example behind what stands before it, and its
     tokens have been paid for. Its target ends with the end token, though the text goes on with `between`.
@@ -71,9 +71,9 @@ def make_batch(rows, exemplars, queries, answers, between, device):
             targets += answers[j]
             ids = ids + answers[j][:-1]  # nothing is predicted after the end token
         sequences.append(ids)
-    ids, _ = pad(sequences, device)
+    ids, lengths = pad(sequences, device)
     where = [b * ids.shape[1] + first + t for b, first, n in spots for t in range(n)]
-    return ids, torch.tensor(where, device=device), torch.tensor(targets, device=device)
+    return ids, torch.tensor(where, device=device), torch.tensor(targets, device=device), lengths
 
 
 def main():
@@ -135,7 +135,7 @@ def main():
 
     # Small updates to a bfloat16 weight are rounded away, so the optimiser owns float32 copies of such weights.
     masters = [t if t.dtype == torch.float32 else t.detach().float().requires_grad_() for t in trainable]
-    optimizer = torch.optim.AdamW(masters, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95) if args.full else (0.9, 0.999))
+    optimizer = torch.optim.AdamW(masters, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95) if args.full else (0.9, 0.999), fused=True)
     queries = [data.encode_query(enc, e) for e in train + val]
     answers = [data.encode_answer(enc, e) for e in train + val]
     between = data.encode(enc, data.BETWEEN)
@@ -153,7 +153,7 @@ def main():
             with torch.no_grad():
                 m.copy_(tensors[f"{i}.weight"])
                 t.copy_(m)
-            optimizer.state[m] = {"step": torch.tensor(float(step)), "exp_avg": tensors[f"{i}.m"].to(device), "exp_avg_sq": tensors[f"{i}.v"].to(device)}
+            optimizer.state[m] = {"step": torch.tensor(float(step), device=device), "exp_avg": tensors[f"{i}.m"].to(device), "exp_avg_sq": tensors[f"{i}.v"].to(device)}
         print(f"resumed at step {step}")
 
     def learning_rate(step):
@@ -198,8 +198,8 @@ def main():
         exemplars = with_exemplars(batches[step], len(train), near, shares, args.shots, rng)
         n_tokens = sum(len(answers[j]) for i, front in zip(batches[step], exemplars) for j in [*front, i])
         mine = slice(ddp.rank, None, ddp.world)
-        ids, where, targets = make_batch(batches[step][mine], exemplars[mine], queries, answers, between, device)
-        loss = model.loss(ids, where, targets) / n_tokens
+        batch = make_batch(batches[step][mine], exemplars[mine], queries, answers, between, device)
+        loss = model.loss(*batch) / n_tokens
         for t in trainable:
             t.grad = None
         loss.backward()
@@ -217,7 +217,7 @@ def main():
         for t, m in zip(trainable, masters):
             if m is not t:
                 t.data.copy_(m)
-        tokens += ids.numel() * ddp.world
+        tokens += int(batch[3].sum()) * ddp.world
         seconds = time.perf_counter() - start
         row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm.item(), "lr": learning_rate(step),
                "tokens_per_s": round(tokens / seconds), "seconds": round(seconds, 1)}
