@@ -3009,11 +3009,13 @@ def main(names):
     return 1 if counts["failed"] else 0
 
 
-def bench(rounds=3):
+def bench(parts=()):
     """Ours against transformers + PEFT on the same weights, dtype, threads and inputs, in turn, round by round.
 
+    python test_all.py --bench [lora rollouts features memory growth]
+
     Prints the ratio ours / theirs as median [min .. max] over the rounds: the machine's speed drifts, a ratio
-    of neighbours does not. Then how cost grows. Needs the default model (fetched once into cache/).
+    of neighbours does not. Needs the default model (fetched once into cache/).
     """
     import statistics
 
@@ -3039,24 +3041,24 @@ def bench(rounds=3):
         f()
         return time.perf_counter() - start
 
-    def race(what, unit, amount, mine, peer=None, repeat=rounds):
+    def race(what, unit, amount, mine, peer=None, rounds=5):
         mine(), peer and peer()  # warm up
-        times = [(seconds(mine), seconds(peer) if peer else float("nan")) for _ in range(repeat)]
+        times = [(seconds(mine), seconds(peer) if peer else float("nan")) for _ in range(rounds)]
         a, b = (statistics.median(t[k] for t in times) for k in (0, 1))
         ratios = sorted(t[1] / t[0] for t in times)
-        ratio = f"{statistics.median(ratios):5.2f} x [{ratios[0]:.2f} .. {ratios[-1]:.2f}]" if peer else "-"
-        print(f"{what:58s} {amount / a:9,.1f} {amount / b if peer else float('nan'):9,.1f} {unit:12s} {ratio}", flush=True)
+        ratio = f"{statistics.median(ratios):5.2f} x [{ratios[0]:.2f} .. {ratios[-1]:.2f}]" if peer else ""
+        print(f"{what:62s} {amount / a:9,.1f} {format(amount / b, '9,.1f') if peer else '':>9s} {unit:12s} {ratio}", flush=True)
 
-    print(f"\n{'':58s} {'ours':>9s} {'peer':>9s}")
+    print(f"\n{'':62s} {'ours':>9s} {'peer':>9s}")
     B, T, A = 16, 96, 16  # one training batch: 16 sequences of 96 tokens, the last 16 of each are the answer
     ids = torch.randint(100, 40_000, (B, T), generator=torch.Generator().manual_seed(0))
     where = torch.tensor([b * T + T - A - 1 + t for b in range(B) for t in range(A)])
     labels = ids.clone()
     labels[:, :-A] = -100
-    for targets in ("q_proj,v_proj", "all"):
+    for targets in ("q_proj,v_proj", "all") if not parts or "lora" in parts else ():
         mine = ours()
         lora.inject(mine, 8, 16, targets)
-        optimizer = torch.optim.AdamW(lora.parameters(mine), lr=1e-4)
+        optimizer = torch.optim.AdamW(lora.parameters(mine), lr=1e-4, fused=True)  # as train_lora.py does it
 
         def step():
             (mine.train().loss(ids, where, labels[:, -A:].flatten()) / (B * A)).backward()
@@ -3076,19 +3078,20 @@ def bench(rounds=3):
 
         race(f"LoRA step, r 8 on {targets}, {B} x {T}", "tokens/s", B * T, step, peer_step)
 
-    parts = data.split(data.styles())
-    mine, peer = ours(), theirs() if peft else None
-    exemplars = [data.encode_exemplar(enc, e) for e in parts["pool"][:32]]
-    queries = [data.encode_query(enc, e) for e in parts["test"][:64]]
-    cache = model.PrefixCache(mine, exemplars)
-    prompts = [exemplars[i % 32] + q for i, q in enumerate(queries)]
+    mine, peer = ours(), theirs().eval() if peft else None
+    splits = data.split(data.styles())
+    pool = splits["pool"][:32]
+    env = rl.Environment(mine, enc, pool, 16)
+    queries = splits["test"][:64]
+    first, rest = zip(*(env.prompt(q, [i % 32], 16) for i, q in enumerate(queries)))
+    prompts = [env.exemplars[i % 32] + data.encode_query(enc, q) for i, q in enumerate(queries)]
 
     def rollouts():
-        return mine.generate(queries, 16, eos_ids=(), prefixes=[i % 32 for i in range(64)], prefix_cache=cache)
+        return mine.generate(rest, 16, eos_ids=(), prefixes=first, prefix_cache=env.prefix_cache)
 
     def cold():
-        cache.kv.clear()
-        rollouts()
+        env.prefix_cache.kv.clear()
+        return rollouts()
 
     def peer_rollouts(batch=64):
         out, order = [None] * 64, sorted(range(64), key=lambda i: len(prompts[i]))
@@ -3104,14 +3107,18 @@ def bench(rounds=3):
                 out[i] = y[b, width:].tolist()
         return out
 
-    best = None
-    if peft:
-        peer.eval()
-        best = min((16, 32, 64), key=lambda n: seconds(lambda: peer_rollouts(n)))
-    race(f"rollouts: 64 queries behind 32 exemplars, 16 new (peer: batch {best})", "rollouts/s", 64, rollouts, peft and (lambda: peer_rollouts(best)))
-    race("  the same, exemplars' keys and values not yet cached", "rollouts/s", 64, cold, peft and (lambda: peer_rollouts(best)))
+    if not parts or "rollouts" in parts:
+        best = min((16, 32, 64), key=lambda n: seconds(lambda: peer_rollouts(n))) if peft else None
+        theirs_best = peft and (lambda: peer_rollouts(best))
+        race(f"rollouts: 64 queries behind 32 exemplars, 16 new (peer: batch {best})", "rollouts/s", 64, rollouts, theirs_best)
+        race("  the same, exemplars' keys and values not yet cached", "rollouts/s", 64, cold, theirs_best)
+        if peft:
+            mine, peer = ours(torch.float32), theirs(torch.float32).eval()
+            env = rl.Environment(mine, enc, pool, 16)
+            print(f"identical greedy answers in float32: {sum(a == b for a, b in zip(rollouts(), peer_rollouts(64)))} of 64")
+            mine, peer = ours(), theirs().eval()
 
-    texts = [data.encode_query(enc, e) for e in parts["test"][:128]] + exemplars
+    texts = [data.encode_query(enc, e) for e in splits["test"][:128]] + env.exemplars
 
     def peer_features():
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -3122,56 +3129,55 @@ def bench(rounds=3):
                 h = peer.model(input_ids=x, attention_mask=mask.long()).last_hidden_state.float()
                 (h * mask[..., None]).sum(1) / lengths[:, None]
 
-    race("features: 160 prompts of unequal length", "prompts/s", len(texts), lambda: mine.features(texts), peft and peer_features)
+    if not parts or "features" in parts:
+        race("features: 160 prompts of unequal length", "prompts/s", len(texts), lambda: mine.features(texts), peft and peer_features)
+    del mine, peer, env
 
-    if peft:
-        mine, peer = ours(torch.float32), theirs(torch.float32).eval()
-        cache = model.PrefixCache(mine, exemplars)
-        same = sum(a == b for a, b in zip(rollouts(), peer_rollouts(64)))
-        print(f"identical greedy answers in float32: {same} of 64")
-    del mine, peer, cache
+    if not parts or "memory" in parts:
+        print("\npeak memory of `train_lora.py --steps 3`, MB:", end=" ", flush=True)
+        peaks = {}
+        with tempfile.TemporaryDirectory() as tmp:
+            for flags in ([], ["--full", "--lr", "1e-5"]):
+                code = ("import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {!r}); import data\n"
+                        "runpy.run_path(sys.argv[0], run_name='__main__'); print('PEAK', data.peak_memory())").format(str(HERE))
+                out = subprocess.run([sys.executable, "-c", code, str(HERE / "train_lora.py"), "--model", str(folder.absolute()), "--steps", "3",
+                                      "--share_nearest", "0", "--out", tmp, *flags], cwd=tmp, capture_output=True, text=True)
+                peaks["full" if flags else "lora"] = int(out.stdout.rsplit("PEAK", 1)[1])
+        print(f"LoRA {peaks['lora']:,.0f}, --full {peaks['full']:,.0f}: {peaks['lora'] / peaks['full']:.2f} x")
 
-    print("\npeak memory of `train_lora.py --steps 3`, MB:", end=" ", flush=True)
-    peaks = {}
-    with tempfile.TemporaryDirectory() as tmp:
-        for flags in ([], ["--full", "--lr", "1e-5"]):
-            code = ("import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {!r}); import data\n"
-                    "runpy.run_path(sys.argv[0], run_name='__main__'); print('PEAK', data.peak_memory())").format(str(HERE))
-            out = subprocess.run([sys.executable, "-c", code, str(HERE / "train_lora.py"), "--model", str(folder.absolute()), "--steps", "3",
-                                  "--share_nearest", "0", "--out", tmp, *flags], cwd=tmp, capture_output=True, text=True)
-            peaks["full" if flags else "lora"] = int(out.stdout.rsplit("PEAK", 1)[1])
-    print(f"LoRA {peaks['lora']:,.0f}, --full {peaks['full']:,.0f}: {peaks['lora'] / peaks['full']:.2f} x")
-
-    print("\nHow cost grows")
+    if parts and "growth" not in parts:
+        return
+    print("\nhow cost grows")
     mine = ours()
     lora.inject(mine, 8, 16)
     for T in (64, 128, 256, 512):
         ids = torch.randint(100, 40_000, (8, T))
         where, y = torch.arange(8)[:, None].mul(T).add(torch.arange(T - 17, T - 1)).flatten(), torch.zeros(128, dtype=torch.long)
-        race(f"LoRA step, 8 x {T}", "tokens/s", 8 * T, lambda: mine.loss(ids, where, y).backward(), repeat=3)
+        race(f"LoRA step, 8 sequences of {T}", "tokens/s", 8 * T, lambda: mine.loss(ids, where, y).backward(), rounds=3)
     mine = ours()
-    for n in (1, 4, 16, 64):
-        race(f"generation, batch {n}, 16 new tokens", "new tokens/s", 16 * n, lambda: mine.generate((prompts * 2)[:n], 16, eos_ids=()), repeat=3)
+    for n in (1, 4, 16, 64, 128):
+        race(f"rollouts, batch {n}, 16 new tokens, nothing cached", "rollouts/s", n, lambda: mine.generate((prompts * 2)[:n], 16, eos_ids=(), batch_size=n), rounds=3)
+    tower, optimizer = matcher.Matcher(576), None
     for n in (100, 1_000, 10_000, 100_000):
-        pool, tower = torch.randn(n, 576), matcher.Matcher(576)
+        h_pool = torch.randn(n, 576)
         with torch.no_grad():
-            keys = tower.prompts(pool)
-            race(f"choosing one exemplar of {n:,}", "choices/s", 1, lambda: tower.act(torch.randn(1, 576), keys, 1), repeat=21)
-    for n, shots in ((192, 1), (192, 3), (2_000, 1), (2_000, 3), (20_000, 1)):
-        pool, tower = torch.randn(n, 576), matcher.Matcher(576)
+            keys = tower.prompts(h_pool)
+            race(f"choosing one exemplar of {n:,}", "choices/s", 1, lambda: tower.act(torch.randn(1, 576), keys, 1), rounds=21)
+    for n, shots in ((200, 1), (200, 2), (200, 3), (2_000, 1), (2_000, 3), (20_000, 1)):
+        h_pool, tower = torch.randn(n, 576), matcher.Matcher(576)
         optimizer = torch.optim.Adam(tower.parameters())
         query, rewards = torch.randn(16, 576), torch.rand(16, 4, dtype=torch.float64)
 
         def update():
             with torch.no_grad():
-                picks, _ = tower.act(query.repeat_interleave(4, 0), tower.prompts(pool), shots, torch.Generator())
-            rl.reinforce_step(tower, optimizer, pool, query, picks.view(16, 4, -1), rewards, 0.3, 0.05, {})
+                picks, _ = tower.act(query.repeat_interleave(4, 0), tower.prompts(h_pool), shots, torch.Generator())
+            rl.reinforce_step(tower, optimizer, h_pool, query, picks.view(16, 4, -1), rewards, 0.3, 0.05, {})
 
-        race(f"REINFORCE step without the LLM, pool {n:,}, shots {shots}", "steps/s", 1, update, repeat=3)
+        race(f"REINFORCE step of 16 x 4 without its LLM calls, pool {n:,}, shots {shots}", "steps/s", 1, update, rounds=3)
 
 
 if __name__ == "__main__":
     if "--bench" in sys.argv:
-        bench()
+        bench(sys.argv[sys.argv.index("--bench") + 1:])
     else:
         sys.exit(main(sys.argv[1:]))
