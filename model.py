@@ -251,6 +251,7 @@ def linear(owner, x, weight, bias=None):
     the packed copy, to the same last bit in bfloat16. Its price is that second copy; `packing` turns it off.
     """
     if not (owner.packing and torch.is_inference_mode_enabled() and x.device.type == "cpu" and can_pack(x.dtype)):
+        owner.packed = None  # training has no use for the copy, but for its memory
         return F.linear(x, weight, bias)
     now = weight.data_ptr(), weight._version  # merging LoRA changes the first, an optimiser the second
     if owner.packed is None or owner.packed[0] != now:
