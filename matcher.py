@@ -202,14 +202,19 @@ def cached_features(model, enc, examples, what, cache="cache"):
 
 
 def nearest(query, pool, k, forbidden=None):
+def rows_at_once(pool):
+    """How many queries meet the whole pool at a time: bounded memory, however many there are of either."""
+    return max(1, min(1024, (1 << 25) // len(pool)))
+
+
     """(B, n) bool: the k pool entries most similar to each query (B, C) by cosine, before any learning.
 
     query and pool are standardised features. Restricting the policy to them keeps large pools learnable.
     """
-    scores = F.normalize(query, dim=-1) @ F.normalize(pool, dim=-1).t()
-    if forbidden is not None:
-        scores = scores.masked_fill(forbidden, float("-inf"))
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(min(k, scores.shape[1])).indices, True)
+    mask = torch.zeros(len(query), len(pool), dtype=torch.bool)
+    for row, ids in zip(mask, select_nearest(query, pool, forbidden, k)):
+        row[ids] = True
+    return mask
 
 
 # ---- the selectors it is compared with: each returns a list of up to `shots` pool indices per query ----
@@ -228,9 +233,9 @@ def select_random(forbidden, shots, seed):
 
 def select_nearest(query, pool, forbidden, shots):
     """Cosine nearest neighbours of standardised features, nearest first. forbidden (B, n) bool, or None."""
-    v, out = F.normalize(pool, dim=-1).t(), []
-    for s in range(0, len(query), 1024):  # bounded memory, however many questions
-        scores = F.normalize(query[s:s + 1024], dim=-1) @ v
+    v, out, step = F.normalize(pool, dim=-1).t(), [], rows_at_once(pool)
+    for s in range(0, len(query), step):
+        scores = F.normalize(query[s:s + step], dim=-1) @ v
         if forbidden is not None:
             scores = scores.masked_fill(forbidden[s:s + 1024], float("-inf"))
         top = scores.topk(min(shots, scores.shape[1]), -1)

@@ -231,19 +231,20 @@ def collapse_figures(picks, n_pool):
 # ---- selectors that need the language model -------------------------------------------------------
 
 
-def best_fixed(env, weights, queries, mask, seed, candidates=16):
+def best_fixed(env, weights, queries, mask_of, size, seed, candidates=16):
     """The single exemplar that serves matcher-train queries best, whatever the question; a baseline.
 
     Trying all is dear, so by successive halving: `candidates` random entries on 8 questions each,
-    the better quarter on 32, and so on. mask (B, n) bool: entries a question must not see; it goes without.
-    Returns pool indices, best first.
+    the better quarter on 32, and so on. mask_of(rows) -> (B, size) bool: entries these questions must not see; they go without.
+    Returns indices of the pool's first `size` entries, best first.
     """
     rng, size = np.random.default_rng(seed), mask.shape[1]
     left = rng.choice(size, min(candidates, size), replace=False).tolist()
     order, n, beaten = rng.permutation(len(queries)), 8, []
     while len(left) > 1:
         some = order[:n]
-        picks = [[] if mask[i, p] else [p] for p in left for i in some]
+        mask = mask_of(some)
+        picks = [[] if row[p] else [p] for p in left for row in mask]
         score = env.score(weights, [queries[i] for i in some] * len(left), picks, "fixed").reshape(len(left), -1).mean(1)
         ranked = [left[i] for i in np.argsort(-score, kind="stable")]
         keep = max(1, len(left) // 4)

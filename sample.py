@@ -20,7 +20,7 @@ import lora
 import rl
 from matcher import BM25, Matcher, cached_features, select_nearest
 from model import GPT, setup
-from train_matcher import as_lists, forbidden, limit
+from train_matcher import as_lists, askers, forbidden, limit
 
 SELECTORS = ("pillow", "knn", "bm25", "random", "none")
 
@@ -30,9 +30,9 @@ def visible(text):
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
-def choose(select, matcher, query, h, pool, h_pool, keys, bm25, shots, rng):
-    """-> (pool indices, their probabilities or None) for one query; h (1, C), h_pool (n, C), keys = matcher.prompts(h_pool)."""
-    mask = forbidden([query], pool)
+def choose(select, matcher, query, h, asking, keys, bm25, shots, rng):
+    """-> (pool indices, their probabilities or None) for one query; h (1, C), asking = askers(pool), keys = matcher.prompts(h_pool)."""
+    mask = forbidden([query], asking, len(keys[0]))
     if select == "none":
         return [], None
     if select == "random":
@@ -41,7 +41,7 @@ def choose(select, matcher, query, h, pool, h_pool, keys, bm25, shots, rng):
     if select == "bm25":
         return bm25.select([data.query_text(query)], mask, shots)[0], None
     if select == "knn":
-        return select_nearest(matcher.z(h), matcher.z(h_pool), mask, shots)[0], None
+        return select_nearest(matcher.z(h), keys[2], mask, shots)[0], None
     with torch.no_grad():
         picks, probs = matcher.act(h, keys, shots, forbidden=mask, candidates=limit(matcher, h, h_pool, mask))
     return as_lists(picks)[0], probs[0].tolist()
@@ -89,12 +89,12 @@ def main():
     lora.merge(model)
     with torch.no_grad():
         keys = matcher.prompts(h_pool)
-    bm25 = BM25([data.query_text(e) for e in pool])
+    asking, bm25 = askers(pool), BM25([data.query_text(e) for e in pool]) if "bm25" in selectors else None
     env = rl.Environment(model, enc, pool, args.max_new_tokens)
     rng = torch.Generator().manual_seed(args.seed)
 
     def answer(query, h, select):
-        picks, probs = choose(select, matcher, query, h, pool, h_pool, keys, bm25, shots, rng)
+        picks, probs = choose(select, matcher, query, h, asking, keys, bm25, shots, rng)
         before = env.dropped
         first, ids = env.prompt(query, picks, args.max_new_tokens)
         picks = picks[:len(picks) - (env.dropped - before)]

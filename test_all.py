@@ -2372,9 +2372,9 @@ def test_the_best_fixed_exemplar_is_found():
                 self.calls += len(some)
                 return np.array([np.random.default_rng((q["n"], p)).normal() + 1.5 * (p == planted) + 9 * (p >= size) for q, (p,) in zip(some, picks)])
         env, mask = Planted(), np.zeros((200, size), dtype=bool)
-        ranked = rl.best_fixed(env, {"exact": 1.0}, queries, mask, seed=0)
+        ranked = rl.best_fixed(env, {"exact": 1.0}, queries, lambda rows: mask[rows], size, seed=0)
         assert ranked[0] == planted and sorted(ranked) == list(range(size)) and env.calls == 16 * 8 + 4 * 32
-    assert rl.best_fixed(Planted(), {"exact": 1.0}, queries, mask[:, :1], seed=0) == [0]
+    assert rl.best_fixed(Planted(), {"exact": 1.0}, queries, lambda rows: mask[rows], 1, seed=0) == [0]
 
 
 # ---- the scripts, as a user runs them --------------------------------------------------------------

@@ -23,18 +23,23 @@ from tqdm import tqdm
 import data
 import lora
 import rl
-from matcher import BM25, STOP, Matcher, cached_features, nearest, select_nearest, select_none, select_random
+from matcher import BM25, STOP, Matcher, cached_features, nearest, rows_at_once, select_nearest, select_none, select_random
 from model import GPT, setup
 
 
-def forbidden(queries, pool):
-    """(B, n) bool: the pool entries that ask the same question as each query."""
-    where = {}
+def askers(pool):
+    """{question: the pool entries that ask it}; made once, for a pool may have 100,000 of them."""
+    asking = {}
     for j, e in enumerate(pool):
-        where.setdefault(data.same_question(e), []).append(j)
-    mask = torch.zeros(len(queries), len(pool), dtype=torch.bool)
+        asking.setdefault(data.same_question(e), []).append(j)
+    return asking
+
+
+def forbidden(queries, asking, n):
+    """(B, n) bool: those of the pool's first n entries that ask the same question as each query. asking: from `askers`."""
+    mask = torch.zeros(len(queries), n, dtype=torch.bool)
     for b, q in enumerate(queries):
-        mask[b, where.get(data.same_question(q), [])] = True
+        mask[b, [j for j in asking.get(data.same_question(q), []) if j < n]] = True
     return mask
 
 
@@ -43,15 +48,19 @@ def as_lists(picks):
     return [[p for p in row if p != STOP] for row in picks.tolist()]
 
 
-def limit(matcher, h, h_pool, mask):
-    """The candidates mask the matcher was trained with, or None."""
-    return nearest(matcher.z(h), matcher.z(h_pool), matcher.candidates, mask) if matcher.candidates else None
+def limit(matcher, h, pool, mask):
+    """The candidates mask the matcher was trained with, or None. h (B, C); pool: from `prompts`."""
+    return nearest(matcher.z(h), pool[2], matcher.candidates, mask) if matcher.candidates else None
 
 
 def choose_greedily(matcher, h, h_pool, mask, shots):
     """The matcher's likeliest picks for each query, as lists of pool indices."""
     with torch.no_grad():
-        return as_lists(matcher.act(h, matcher.prompts(h_pool), shots, forbidden=mask, candidates=limit(matcher, h, h_pool, mask))[0])
+        pool, step, picks = matcher.prompts(h_pool), rows_at_once(h_pool), []
+        for s in range(0, len(h), step):
+            some, few = h[s:s + step], mask[s:s + step]
+            picks += as_lists(matcher.act(some, pool, shots, forbidden=few, candidates=limit(matcher, some, pool, few))[0])
+        return picks
 
 
 def choose_all(matcher, pool, queries, h_pool, h, mask, shots, fixed, seed):
@@ -141,8 +150,8 @@ def main():
     n = sizes["train"]
     matcher.standardise(h_pool[:n])
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
-    mask_train, mask_val = forbidden(train, pool[:n]), forbidden(val, pool[:sizes["val"]])
-    cand_train = limit(matcher, h_train, h_pool[:n], mask_train)
+    asking = askers(pool)
+    mask_val = forbidden(val, asking, sizes["val"])
     step, best, log = 0, -np.inf, []
 
     def validate():
@@ -151,6 +160,13 @@ def main():
         return float(env.score(weights, val, picks).mean()), rl.collapse_figures(picks, sizes["val"])
 
     def checkpoint():
+    def mask_of(rows):
+        return forbidden([train[i] for i in rows], asking, n)
+
+    def stopped(error, questions):
+        last = f"the last good checkpoint is {state_path}" if state_path.exists() else "there is no checkpoint yet"
+        return data.UserError(f"step {step}: {error}. Batch: {'; '.join(q['instruction'][:40] for q in questions[:3])} ... {last}")
+
         names = [k for k, _ in matcher.named_parameters()]
         adam = {f"{k}.{m}": optimizer.state[q][m] for k, q in zip(names, matcher.parameters()) if q in optimizer.state for m in ("exp_avg", "exp_avg_sq")}
         data.write_checkpoint(state_path, matcher.state_dict() | adam,
@@ -185,11 +201,12 @@ def main():
     for step in bar:
         rng = torch.Generator().manual_seed((args.seed << 20) + step)  # from the step's number: a resumed run draws the same
         rows = torch.randperm(len(train), generator=rng)[:args.batch_size]
-        limits = {"forbidden": mask_train[rows], "candidates": cand_train[rows] if cand_train is not None else None}
-        B, K = len(rows), args.rollouts
-        many = {k: m.repeat_interleave(K, 0) for k, m in limits.items() if m is not None}
+        B, K, mask = len(rows), args.rollouts, mask_of(rows.tolist())
         with torch.no_grad():
-            picks, _ = matcher.act(h_train[rows].repeat_interleave(K, 0), matcher.prompts(h_pool[:n]), args.shots, rng, **many)
+            prompts = matcher.prompts(h_pool[:n])
+            limits = {"forbidden": mask, "candidates": limit(matcher, h_train[rows], prompts, mask)}
+            many = {k: m.repeat_interleave(K, 0) for k, m in limits.items() if m is not None}
+            picks, _ = matcher.act(h_train[rows].repeat_interleave(K, 0), prompts, args.shots, rng, **many)
         queries = [train[i] for i in rows.tolist() for _ in range(K)]
         try:
             rewards = torch.from_numpy(env.score(weights, queries, as_lists(picks))).view(B, K)
@@ -225,8 +242,8 @@ def main():
     matcher, made_with = Matcher.load(folder)
     if (made_with.get("fingerprint"), made_with.get("adapter")) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; train it again without --eval_only")
-    fixed = rl.best_fixed(env, weights, train, mask_train, args.seed)
-    mask = forbidden(test, pool)
+    fixed = rl.best_fixed(env, weights, train, mask_of, n, args.seed)
+    mask = forbidden(test, asking, len(pool))
     chosen = choose_all(matcher, pool, test, h_pool, h_test, mask, args.shots, fixed, args.seed)
     scores = {}  # {selector: {metric: (N,) array}}
     metrics = ["exact", "rouge"] + ["logprob"] * (headline == "logprob")
