@@ -1041,8 +1041,15 @@ def parser(doc, **defaults):
     return p
 
 
-def read_checkpoint(path):
-    """-> (tensors, state) as written by `write_checkpoint`, or None when there is none."""
+def pointless(p, args, why, *names):
+    """End with argparse's message when one of the flags `names` was given, which `why` would pass over in silence."""
+    for name in names:
+        if getattr(args, name) != p.get_default(name):
+            p.error(f"--{name} has no effect with {why}")
+
+
+def read_checkpoint(path, **kinds):
+    """-> (tensors, state) as written by `write_checkpoint`, or None when there is none. kinds: see `has`."""
     if not Path(path).exists():
         return None
     tensors = dict(read_safetensors(path))

@@ -64,6 +64,13 @@ def main():
         p.error("--prompt is empty")
     if args.input and args.prompt is None:
         p.error("--input needs --prompt")
+    if args.compare:
+        data.pointless(p, args, "--compare", "select")
+    elif args.select == "none":
+        data.pointless(p, args, "--select none", "pool", "shots")
+    if not args.temperature:
+        data.pointless(p, args, "--temperature 0", "top_k")
+    selectors = SELECTORS if args.compare else [args.select]
 
     # ---- load ----------------------------------------------------------------------------------------
     lora_folder, folder = Path(args.lora or args.out / "lora"), args.out / "matcher"
@@ -127,7 +134,7 @@ def main():
         env.prompt(query, [], args.max_new_tokens)  # a question that is too long by itself is refused here
         with lora.bare(model):  # features come from the model without its adapter, answers from the two merged
             h = model.features([data.encode_query(enc, query)])
-        for select in SELECTORS if args.compare else [args.select]:
+        for select in selectors:
             answer(query, h, select)
 
     # ---- ask -----------------------------------------------------------------------------------------

@@ -2578,7 +2578,7 @@ def test_an_interrupted_lora_run_resumes_to_the_same_bytes():
 
 def test_an_interrupted_full_run_resumes_to_the_same_bytes():
     """Weights in bfloat16, of which the optimiser owns float32 copies."""
-    resumes_to_the_same_bytes("--full", "--dtype", "bfloat16", "--lr", 0.001)
+    resumes_to_the_same_bytes("--full", "--rank", 8, "--dtype", "bfloat16", "--lr", 0.001)
 
 
 def test_an_interrupted_matcher_run_resumes_to_the_same_bytes():
@@ -2685,7 +2685,7 @@ def test_styles_brings_a_pool_that_grows_and_reports_the_swapped_one():
 
 def test_a_fully_tuned_model_is_a_model_folder_and_a_row_of_the_comparison():
     with copy_of_trained() as d:
-        status, _, err = script("train_lora", "--full", "--lr", "0.001", "--out", "out_full", cwd=d)
+        status, _, err = script("train_lora", "--full", "--rank", 8, "--lr", "0.001", "--out", "out_full", cwd=d)
         assert status == 0, err
         tuned, base = (model.GPT.from_pretrained(x) for x in (d / "out_full/full", d / "tiny"))
         assert not torch.equal(logits(tuned), logits(base)) and data.load_tokenizer(d / "out_full/full").n_vocab_model == V

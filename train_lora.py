@@ -99,6 +99,10 @@ def main():
     args = p.parse_args()
     if args.share_nearest + args.share_random > 1:
         p.error("--share_nearest and --share_random together exceed 1")
+    if args.full:
+        data.pointless(p, args, "--full", "rank", "alpha", "targets", "dropout")
+    if not args.share_nearest + args.share_random:
+        data.pointless(p, args, "both shares of exemplars 0", "shots")
 
     # ---- load --------------------------------------------------------------------------------------
     ddp = data.Processes()

@@ -96,9 +96,13 @@ def main():
     p.add_argument("--oracle", type=data.number(int, 0), default=4, help="the oracle tries so many nearest exemplars for each question, and every other selector's choice")
     p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
     p.add_argument("--sft", help="folder of a fully fine-tuned model (train_lora.py --full), compared without exemplars")
-    p.add_argument("--eval_only", action="store_true", help="no training: compare with the matcher in OUT/matcher")
+    p.add_argument("--eval_only", action="store_true", help="no training, whatever its flags say: compare with the matcher in OUT/matcher")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
+    if args.eval_only and args.resume:
+        p.error("--resume has nothing to go on with under --eval_only")
+    if 0 < args.candidates < args.shots:
+        p.error(f"--candidates {args.candidates} are fewer than --shots {args.shots}")
     ddp = data.Processes()
     start = time.perf_counter()
 
