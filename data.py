@@ -76,6 +76,21 @@ def run(main):
 
 
 @contextlib.contextmanager
+def fitting(where):
+    """Inside, what does not fit (a key that is missing, a value of another kind or shape) is a UserError that begins with `where`."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        raise UserError(f"{where}: damaged, or made by another program or version ({what})") from None
+
+
+def has(obj, **kinds):
+    """Is `obj` a dict with all these keys, their values of these types?"""
+    return isinstance(obj, dict) and all(type(obj.get(key)) is kind for key, kind in kinds.items())
+
+
+@contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary path beside `path`: it becomes `path` on success and is removed on error.
 

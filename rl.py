@@ -16,6 +16,7 @@ the answer for every (query, exemplars in order), so it is asked only about comb
 Left out on purpose: PPO, reward models, rewards for partial answers.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -64,7 +65,7 @@ def parse_reward(text):
             weights[name] = float(weight or 1)
         except ValueError:
             raise data.UserError(f"--reward {text}: {weight!r} is not a number") from None
-        if name not in ("exact", "rouge", "logprob") or not np.isfinite(weights[name]):
+        if name not in ("exact", "rouge", "logprob") or not 0 < weights[name] < np.inf:
             raise data.UserError(f"--reward {text}: rewards are exact, rouge and logprob, as in rouge or rouge:0.5,logprob:0.5")
     return weights
 
@@ -88,7 +89,8 @@ class Environment:
     model: a GPT with its adapter merged; pool: list of examples; max_new_tokens: length limit of an answer.
     memo_path: JSONL in which every outcome is kept as it is found; it may be shared between runs of the
     same model and adapter (`fingerprint`), and what it holds is not computed again.
-    `asked` counts the distinct calls of this run, remembered or not: the honest price of an experiment.
+    `asked` holds the distinct calls of this run, remembered or not: the honest price of an experiment; `cut` those
+    whose answer hit the length limit.
     """
 
     def __init__(self, model, enc, pool, max_new_tokens, fingerprint="", memo_path=None, batch_size=64, cache_bytes=1 << 30,
@@ -99,21 +101,24 @@ class Environment:
         self.opening = data.encode(enc, data.OPENING)  # what follows an exemplar begins with it, whatever it is: cached, too
         self.prefix_cache = PrefixCache(model, [ids + self.opening for ids in self.exemplars], max_bytes=cache_bytes)
         self.pool_keys = [data.digest(e) for e in pool]
-        self.memo, self.asked, self.cut, self.dropped = {}, set(), 0, 0
+        self.memo, self.asked, self.cut, self.dropped = {}, set(), set(), 0
         self.memo_path = Path(memo_path) if memo_path else None
-        if self.memo_path and not self.memo_path.parent.is_dir():
-            raise data.UserError(f"--memo {memo_path}: there is no folder {self.memo_path.parent}")
-        if self.memo_path and self.memo_path.exists():
-            text = self.memo_path.read_text(encoding="utf-8", errors="replace")
-            for line in text.split("\n"):
-                try:  # a line cut short by an interruption is an outcome to find again
-                    key, outcome = json.loads(line)
-                    self.memo[key] = outcome if isinstance(outcome, str) else float(outcome)
-                except (ValueError, TypeError):
-                    continue
-            if text and not text.endswith("\n"):
-                with open(self.memo_path, "a", encoding="utf-8") as f:
-                    f.write("\n")
+        if self.memo_path:
+            self.read_memo()
+
+    def read_memo(self):
+        try:
+            with open(self.memo_path, "a", encoding="utf-8") as f:  # a memo that cannot be written is a mistake to find now
+                line = "\n"
+                for _, line in data.read_lines(self.memo_path, errors="replace"):
+                    # a line cut short by an interruption is an outcome to find again
+                    with contextlib.suppress(data.UserError, TypeError, ValueError):
+                        key, outcome, *cut = data.parse_json(line, self.memo_path)
+                        self.memo[key] = outcome
+                        self.cut |= {key} if cut else set()
+                f.write("" if line.endswith("\n") else "\n")
+        except OSError as error:
+            raise data.UserError(f"--memo {self.memo_path}: {error.strerror}") from None
 
     def key(self, kind, query, picks):
         parts = [self.fingerprint, kind, str(self.max_new_tokens) if kind == "answer" else "", data.digest(query)]
@@ -138,7 +143,8 @@ class Environment:
         """
         keys = [self.key(kind, q, p) for q, p in zip(queries, picks)]
         self.asked.update(keys)
-        missing = {k: i for i, k in reversed(list(enumerate(keys))) if k not in self.memo}
+        wanted = str if kind == "answer" else float
+        missing = {k: i for i, k in reversed(list(enumerate(keys))) if not isinstance(self.memo.get(k), wanted)}
         rows = sorted(missing.values())
         bar = tqdm(total=len(rows), desc=progress, unit="call", leave=False, disable=progress is None or self.ddp.rank > 0)
         # a bounded chunk at a time: progress is seen, and an interruption loses at most one chunk
@@ -151,20 +157,20 @@ class Environment:
             if kind == "answer":
                 answers = self.model.generate(list(ids), self.max_new_tokens, eos_ids=self.enc.end_ids, prefixes=first,
                                               prefix_cache=self.prefix_cache, batch_size=self.batch_size)
-                self.cut += sum(len(a) == self.max_new_tokens for a in answers)
-                found = [self.enc.decode(a).strip() for a in answers]
+                found = [(data.decode(self.enc, a).decode("utf-8", errors="replace").strip(), len(a) == self.max_new_tokens) for a in answers]
             else:
                 total = self.model.answer_logprobs(list(ids), references, prefixes=first, prefix_cache=self.prefix_cache,
                                                    batch_size=self.batch_size)
                 found = [t / len(r) for t, r in zip(total.tolist(), references)]
             found = {i: outcome for part in self.ddp.gather(dict(zip(chunk, found))) for i, outcome in part.items()}
-            for i, outcome in found.items():
+            for i, (outcome, cut) in found.items():
                 if kind == "logprob" and not np.isfinite(outcome):
                     raise FloatingPointError(f"the reward of {queries[i]['instruction']!r} behind exemplars {picks[i]} is {outcome}")
                 self.memo[keys[i]] = outcome
+                self.cut |= {keys[i]} if cut else set()
             if self.memo_path and self.ddp.rank == 0:
                 with open(self.memo_path, "a", encoding="utf-8") as f:
-                    f.writelines(json.dumps([keys[i], self.memo[keys[i]]]) + "\n" for i in everyone)
+                    f.writelines(json.dumps([keys[i], self.memo[keys[i]]] + [True] * (keys[i] in self.cut)) + "\n" for i in everyone)
             bar.update(len(everyone))
         bar.close()
         return [self.memo[k] for k in keys]

@@ -2177,7 +2177,7 @@ def test_the_environment_answers_as_the_model_does_behind_the_written_out_prompt
         references = [data.encode_answer(enc, q) for q in QUERIES]  # with the end token, so that rambling on is not free
         want = m.answer_logprobs(prompts, references) / torch.tensor([len(r) for r in references])
         close(env.outcomes("logprob", QUERIES, PICKS), want, 1e-5)
-        assert env.cut == sum(len(a) == 12 for a in answers)
+        assert len(env.cut) == sum(len(a) == 12 for a in answers)
 
 
 def test_the_same_question_is_asked_only_once():

@@ -174,18 +174,21 @@ def main():
         names = [k for k, _ in matcher.named_parameters()]
         adam = {f"{k}.{m}": optimizer.state[q][m] for k, q in zip(names, matcher.parameters()) if q in optimizer.state for m in ("exp_avg", "exp_avg_sq")}
         data.write_checkpoint(state_path, matcher.state_dict() | adam,
-                              {"step": step, "best": best, "log": log, "settings": settings, "asked": sorted(env.asked), "memo": env.memo, "cut": env.cut})
+                              {"step": step, "best": best, "log": log, "settings": settings, "asked": sorted(env.asked), "cut": sorted(env.cut & env.asked),
+                               "memo": {k: v for k, v in env.memo.items() if k in env.asked}})  # what else a --memo knows, it keeps
         data.write_lines(args.out / "log_matcher.jsonl", log)
 
-    if args.resume and (saved := data.read_checkpoint(state_path)):
+    if args.resume and (saved := data.read_checkpoint(state_path, step=int, best=float, log=list, settings=dict, asked=list, cut=list, memo=dict)):
         tensors, saved = saved
         data.same_settings(settings, saved["settings"], state_path, free=("steps", "n_test", "oracle"))
-        step, best, log, env.cut = saved["step"], saved["best"], saved["log"], saved["cut"]
-        env.asked, env.memo = set(saved["asked"]), env.memo | saved["memo"]
-        matcher.load_state_dict({k: tensors[k] for k in matcher.state_dict()})
-        for k, q in matcher.named_parameters():
-            if f"{k}.exp_avg" in tensors:
-                optimizer.state[q] = {"step": torch.tensor(float(step)), "exp_avg": tensors[f"{k}.exp_avg"], "exp_avg_sq": tensors[f"{k}.exp_avg_sq"]}
+        step, best, log = saved["step"], saved["best"], saved["log"]
+        with data.fitting(state_path):
+            env.asked, env.memo, env.cut = set(saved["asked"]), env.memo | saved["memo"], env.cut | set(saved["cut"])
+            matcher.load_state_dict({k: tensors[k] for k in matcher.state_dict()})
+            for k, q in matcher.named_parameters():
+                if f"{k}.exp_avg" in tensors:
+                    m, v = (tensors[f"{k}.{name}"].view_as(q) for name in ("exp_avg", "exp_avg_sq"))
+                    optimizer.state[q] = {"step": torch.tensor(float(step)), "exp_avg": m, "exp_avg_sq": v}
         print(f"resumed at step {step}")
     if args.eval_only:
         step = args.steps
@@ -284,7 +287,8 @@ def main():
                "metrics": {s: {m: float(a.mean()) for m, a in v.items()} for s, v in scores.items()}, "paired": paired,
                "gap_closed": float((head["pillow"].mean() - head["none"].mean()) / gap) if gap else None, "llm_calls": calls, "swapped_pool": swapped,
                "seconds": {"train": round(train_seconds, 1), "all": round(time.perf_counter() - start, 1)},
-               "collapse": rl.collapse_figures(chosen["pillow"], len(pool)), "cut_answers": env.cut, "dropped_exemplars": env.dropped,
+               "collapse": rl.collapse_figures(chosen["pillow"], len(pool)), "cut_answers": len(env.cut & env.asked),
+               "empty_answers": sum(env.memo.get(k) == "" for k in env.asked), "dropped_exemplars": env.dropped,
                "empty_references": sum(not e["output"] for e in test), "n_pool": len(pool), "n_matcher_train": len(train),
                "peak_memory_mb": data.peak_memory(), "dtype": str(dtype), "settings": settings}
     if ddp.rank == 0:
