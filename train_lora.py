@@ -191,6 +191,11 @@ def main():
         data.write_lines(args.out / "log_lora.jsonl", log)
 
     # ---- loop --------------------------------------------------------------------------------------
+    def stopped(what):
+        some = "; ".join(train[i]["instruction"][:40] for i in batches[step][:3])
+        last = f"the last good checkpoint is {state_path}" if state_path.exists() else "there is no checkpoint yet"
+        return data.UserError(f"step {step}: {what}. Batch: {some} ... {last}; try a smaller --lr")
+
     interrupt = data.Interrupt()
     model.train()
     batches = draw_batches(len(train), args.batch_size, args.steps, args.seed)
@@ -213,8 +218,7 @@ def main():
         grad_norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
         loss = ddp.sum([loss.item()])[0]
         if not (math.isfinite(loss) and torch.isfinite(grad_norm)):
-            some = "; ".join(train[i]["instruction"][:40] for i in batches[step][:3])
-            raise data.UserError(f"step {step}: loss {loss}, gradient norm {grad_norm.item()}. Batch: {some} ... The last good checkpoint is {state_path}; try a smaller --lr")
+            raise stopped(f"loss {loss}, gradient norm {grad_norm.item()}")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()
@@ -228,6 +232,8 @@ def main():
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             row["held_out"] = held_out_loss()
             better = row["held_out"] < best
+            if not math.isfinite(row["held_out"]):
+                raise stopped(f"held-out loss {row['held_out']}")
             best = min(best, row["held_out"])
             log.append(row)
             if ddp.rank == 0:

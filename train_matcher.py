@@ -167,6 +167,15 @@ def main():
     def mask_of(rows):
         return forbidden([train[i] for i in rows], asking, n)
 
+    def validate():
+        """Greedy on validation questions, whose houses (for styles) neither the LoRA nor the matcher ever trained on."""
+        picks = choose_greedily(matcher, h_val, h_pool[:sizes["val"]], mask_val, args.shots)
+        try:
+            return float(env.score(weights, val, picks).mean()), rl.collapse_figures(picks, sizes["val"])
+        except FloatingPointError as e:
+            raise stopped(e, val) from None
+
+    def checkpoint():
     def stopped(error, questions):
         last = f"the last good checkpoint is {state_path}" if state_path.exists() else "there is no checkpoint yet"
         return data.UserError(f"step {step}: {error}. Batch: {'; '.join(q['instruction'][:40] for q in questions[:3])} ... {last}")
@@ -220,7 +229,7 @@ def main():
             row = rl.reinforce_step(matcher, optimizer, h_pool[:n], h_train[rows], picks.view(B, K, -1), rewards,
                                     args.entropy_floor, args.entropy_weight, limits)
         except FloatingPointError as e:
-            raise data.UserError(f"step {step}: {e}. The last good checkpoint is {state_path}") from None
+            raise stopped(e, queries[::K]) from None
         row |= {"step": step + 1, "lr": args.lr, "calls": len(env.asked), **rl.collapse_figures(as_lists(picks), n), "seconds": round(time.perf_counter() - start, 1)}
         log.append(row)
         step += 1
