@@ -719,6 +719,7 @@ def encode_piece(enc, text):
         raise UserError("the tokenizer's split pattern cannot cope with this text") from None
 
 
+    enc.known = frozenset(ids)
 LAST_GAP = re.compile(r".*\S(?= )", re.DOTALL)
 
 
@@ -740,6 +741,7 @@ def encode(enc, text, piece=100_000):
         start = end
     return [i for i in ids if i < enc.n_vocab_model]
 
+LONGEST = 1_000_000  # characters; the ids of a text take some 40 bytes for each of them
 
 # ---- text -> tokens: the template ----------------------------------------------------------------
 
@@ -750,6 +752,8 @@ _HEADINGS = re.compile(r"^(\s*)(#+[ \t]*(?:instruction|input|response)[ \t]*:)",
 
 
 def quote(text):
+    if len(text) > LONGEST:
+        raise UserError(f"a text of {len(text):,} characters is too long; at most {LONGEST:,} are read")
     """User text with lines that look like our headings quoted, so that text cannot pose as another section.
 
     "### Response:" at the start of a line becomes "> ### Response:", as one quotes in an e-mail.
@@ -761,6 +765,11 @@ def query_text(example):
     """Alpaca's sections without its preamble, up to where the answer begins (one blank line between sections)."""
     middle = f"\n\n### Input:\n{quote(example['input'])}" if example["input"] else ""
     return f"{OPENING}{quote(example['instruction'])}{middle}\n\n### Response:\n"
+def decode(enc, ids):
+    """The bytes of `ids`, less those of no token: a model's vocabulary may be wider than its tokenizer's, or that have gaps."""
+    return enc.decode_bytes([i for i in ids if i in enc.known])
+
+
 
 
 def encode_query(enc, example):
@@ -841,6 +850,8 @@ Anchor Badger Canyon Dragon Eagle Flint Gazelle Hornet Island Jaguar Kiwi Lobste
 Ranger Summit Tiger Unicorn Vulcan Walrus Zebra""".split()
 
 _MONTHS = "January February March April May June July August September October November December".split()
+            if len(value) > LONGEST:
+                raise UserError(f"{path}, row {n}: {field!r} has {len(value):,} characters; at most {LONGEST:,} are read")
 _FIRST = "Maria James Aisha Peter Lucia Omar Nina Victor Elena Samuel Priya Daniel Ingrid Marco Leila Hugo".split()
 _LAST = "Lopez Carter Haddad Novak Rossi Farah Berg Stein Petrov Brooks Sharma Weber Olsen Conti Nasser Duval".split()
 _THINGS = "apples pears plums bread milk rice tea salt eggs beans soap candles paper nails rope paint".split()

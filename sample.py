@@ -118,7 +118,7 @@ def main():
             """Print what is certain so far: a character may be spread over several tokens."""
             nonlocal shown
             tokens.append(token)
-            text = enc.decode_bytes(tokens).decode("utf-8", errors="ignore")
+            text = data.decode(enc, tokens).decode("utf-8", errors="ignore")
             print(visible(text[len(shown):]), end="", flush=True)
             shown = text
 
