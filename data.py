@@ -67,7 +67,7 @@ def run(main):
     except KeyboardInterrupt:
         status, line = 130, "interrupted; every file is whole, and --resume goes on from the last checkpoint"
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         status, line = 2, f"error: {error.filename or 'a file'}: {error.strerror}; older files are unharmed"
     # The line may quote a hostile file, whose escape sequences must not reach the terminal.
@@ -149,6 +149,23 @@ def read_text(path, limit=64 << 20):
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start:,}); save it as UTF-8") from None
     except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def read_lines(path, limit=16 << 20, errors="strict"):
+    """Yield (number, line) of a UTF-8 file (byte-order mark dropped), less blank lines; UserError when one is longer than `limit`."""
+    n = 0
+    try:
+        with open(path, encoding="utf-8-sig", errors=errors, newline="\n") as file:
+            while line := file.readline(limit + 1):
+                n += 1
+                if len(line) > limit:
+                    raise UserError(f"{path}, line {n}: longer than {limit:,} characters")
+                if line.strip():
+                    yield n, line
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 (after line {n}); save it as UTF-8") from None
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
@@ -654,11 +671,14 @@ def load_tokenizer(name_or_dir):
     Its n_vocab_model is one more than the highest id of the model's vocabulary: ids from there on
     stand for single bytes the vocabulary lacks, and must never be fed to the model.
     """
-    path = resolve_model(name_or_dir) / "tokenizer.json"
-    try:
-        return make_encoding(read_json(path), str(name_or_dir))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a usable tokenizer ({type(error).__name__}: {error})") from None
+    folder = resolve_model(name_or_dir)
+    path = folder / "tokenizer.json"
+    with fitting(path):
+        enc = make_encoding(read_json(path), str(name_or_dir))
+        rows = read_json(folder / "config.json").get("vocab_size", enc.n_vocab_model)
+        if enc.n_vocab_model > rows:
+            raise ValueError(f"it has ids up to {enc.n_vocab_model - 1}, the model's vocabulary ends at {rows - 1}")
+    return enc
 
 
 def make_encoding(spec, name):
@@ -699,6 +719,7 @@ def make_encoding(spec, name):
     ranks |= {b: n_vocab + i for i, b in enumerate(lacking)}  # or tiktoken panics when it meets one
     enc = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     enc.n_vocab_model, enc.normal_form = n_vocab, normalizer and normalizer["type"]
+    enc.known = frozenset(ids)
     # what ends an answer: the first of these that the vocabulary has; a chat model's end of turn ends it too
     ends = [special[t] for t in ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>") if t in special]
     if not ends:
@@ -719,8 +740,8 @@ def encode_piece(enc, text):
         raise UserError("the tokenizer's split pattern cannot cope with this text") from None
 
 
-    enc.known = frozenset(ids)
 LAST_GAP = re.compile(r".*\S(?= )", re.DOTALL)
+LONGEST = 1_000_000  # characters; the ids of a text take some 40 bytes for each of them
 
 
 def encode(enc, text, piece=100_000):
@@ -731,6 +752,8 @@ def encode(enc, text, piece=100_000):
     """
     if enc.normal_form:
         text = unicodedata.normalize(enc.normal_form, text)
+    if len(text) > LONGEST:
+        raise UserError(f"a text of {len(text):,} characters is too long; at most {LONGEST:,} are read")
     ids, start = [], 0
     while start < len(text):
         # tiktoken panics on a million spaces in a row. No split pattern joins a space to what stands
@@ -741,7 +764,11 @@ def encode(enc, text, piece=100_000):
         start = end
     return [i for i in ids if i < enc.n_vocab_model]
 
-LONGEST = 1_000_000  # characters; the ids of a text take some 40 bytes for each of them
+
+def decode(enc, ids):
+    """The bytes of `ids`, less those of no token: a model's vocabulary may be wider than its tokenizer's, or that have gaps."""
+    return enc.decode_bytes([i for i in ids if i in enc.known])
+
 
 # ---- text -> tokens: the template ----------------------------------------------------------------
 
@@ -752,8 +779,6 @@ _HEADINGS = re.compile(r"^(\s*)(#+[ \t]*(?:instruction|input|response)[ \t]*:)",
 
 
 def quote(text):
-    if len(text) > LONGEST:
-        raise UserError(f"a text of {len(text):,} characters is too long; at most {LONGEST:,} are read")
     """User text with lines that look like our headings quoted, so that text cannot pose as another section.
 
     "### Response:" at the start of a line becomes "> ### Response:", as one quotes in an e-mail.
@@ -765,11 +790,6 @@ def query_text(example):
     """Alpaca's sections without its preamble, up to where the answer begins (one blank line between sections)."""
     middle = f"\n\n### Input:\n{quote(example['input'])}" if example["input"] else ""
     return f"{OPENING}{quote(example['instruction'])}{middle}\n\n### Response:\n"
-def decode(enc, ids):
-    """The bytes of `ids`, less those of no token: a model's vocabulary may be wider than its tokenizer's, or that have gaps."""
-    return enc.decode_bytes([i for i in ids if i in enc.known])
-
-
 
 
 def encode_query(enc, example):
@@ -818,9 +838,9 @@ def load_examples(name_or_path, flag="--data"):
     elif not path.is_file():
         raise UserError(f"{flag} {name}: not styles, alpaca or dolly, and no such file")
     if path.suffix == ".jsonl":
-        rows = [(n, parse_json(line, f"{path}, line {n}")) for n, line in enumerate(read_text(path, 1 << 28).split("\n"), 1) if line.strip()]
+        rows = ((n, parse_json(line, f"{path}, line {n}")) for n, line in read_lines(path))
     else:
-        rows = list(enumerate(read_json(path, list, 1 << 28), 1))
+        rows = enumerate(read_json(path, list), 1)
     examples = []
     for n, row in rows:
         if not isinstance(row, dict):
@@ -830,6 +850,8 @@ def load_examples(name_or_path, flag="--data"):
         for field, value in example.items():
             if not isinstance(value, str):
                 raise UserError(f"{path}, row {n}: {field!r} is {'missing' if value is None else 'not text'}")
+            if len(value) > LONGEST:
+                raise UserError(f"{path}, row {n}: {field!r} has {len(value):,} characters; at most {LONGEST:,} are read")
         if not example["instruction"].strip():
             raise UserError(f"{path}, row {n}: 'instruction' is empty")
         examples.append({k: v.strip() for k, v in example.items()})
@@ -850,8 +872,6 @@ Anchor Badger Canyon Dragon Eagle Flint Gazelle Hornet Island Jaguar Kiwi Lobste
 Ranger Summit Tiger Unicorn Vulcan Walrus Zebra""".split()
 
 _MONTHS = "January February March April May June July August September October November December".split()
-            if len(value) > LONGEST:
-                raise UserError(f"{path}, row {n}: {field!r} has {len(value):,} characters; at most {LONGEST:,} are read")
 _FIRST = "Maria James Aisha Peter Lucia Omar Nina Victor Elena Samuel Priya Daniel Ingrid Marco Leila Hugo".split()
 _LAST = "Lopez Carter Haddad Novak Rossi Farah Berg Stein Petrov Brooks Sharma Weber Olsen Conti Nasser Duval".split()
 _THINGS = "apples pears plums bread milk rice tea salt eggs beans soap candles paper nails rope paint".split()
@@ -1080,7 +1100,10 @@ def read_checkpoint(path, **kinds):
         return None
     tensors = dict(read_safetensors(path))
     with safe_open(path, "pt") as f:
-        return tensors, parse_json((f.metadata() or {}).get("state", "null"), path)
+        state = parse_json((f.metadata() or {}).get("state", "null"), path)
+    if kinds and not has(state, **kinds):
+        raise UserError(f"{path}: damaged, or not a checkpoint of this script and version; go on without --resume")
+    return tensors, state
 
 
 def write_checkpoint(path, tensors, state):

@@ -181,11 +181,12 @@ def cached_features(model, enc, examples, what, cache="cache"):
     store = Path(cache) / "features" / f"{model.fingerprint}-{str(model.embed.weight.dtype).removeprefix('torch.')}"
     known, parts = {}, []
     for path in sorted(store.glob("*.safetensors")):
-        features, keys = read_checkpoint(path)
-        if not isinstance(keys, list) or "features" not in features or features["features"].shape != (len(keys), model.config.n_embd):
+        tensors, keys = read_checkpoint(path)
+        features = tensors.get("features", torch.empty(0)).float()
+        if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys) or features.shape != (len(keys), model.config.n_embd):
             raise UserError(f"{path}: a damaged feature file; delete it and run again")
         known |= {k: (len(parts), i) for i, k in enumerate(keys)}
-        parts.append(features["features"])
+        parts.append(features)
     keys = [hashlib.sha256(query_text(e).encode()).hexdigest()[:24] for e in examples]
     missing = list({k: i for i, k in reversed(list(enumerate(keys))) if k not in known}.values())[::-1]
     bar = tqdm(total=len(missing), desc=f"features of {what}", unit="prompt", disable=not missing)
@@ -201,12 +202,12 @@ def cached_features(model, enc, examples, what, cache="cache"):
     return torch.stack([parts[known[k][0]][known[k][1]] for k in keys])
 
 
-def nearest(query, pool, k, forbidden=None):
 def rows_at_once(pool):
     """How many queries meet the whole pool at a time: bounded memory, however many there are of either."""
     return max(1, min(1024, (1 << 25) // len(pool)))
 
 
+def nearest(query, pool, k, forbidden=None):
     """(B, n) bool: the k pool entries most similar to each query (B, C) by cosine, before any learning.
 
     query and pool are standardised features. Restricting the policy to them keeps large pools learnable.
@@ -237,7 +238,7 @@ def select_nearest(query, pool, forbidden, shots):
     for s in range(0, len(query), step):
         scores = F.normalize(query[s:s + step], dim=-1) @ v
         if forbidden is not None:
-            scores = scores.masked_fill(forbidden[s:s + 1024], float("-inf"))
+            scores = scores.masked_fill(forbidden[s:s + step], float("-inf"))
         top = scores.topk(min(shots, scores.shape[1]), -1)
         for ids, values in zip(top.indices.tolist(), top.values.tolist()):
             out.append([i for i, value in zip(ids, values) if value > float("-inf")])

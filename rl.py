@@ -161,7 +161,7 @@ class Environment:
             else:
                 total = self.model.answer_logprobs(list(ids), references, prefixes=first, prefix_cache=self.prefix_cache,
                                                    batch_size=self.batch_size)
-                found = [t / len(r) for t, r in zip(total.tolist(), references)]
+                found = [(t / len(r), False) for t, r in zip(total.tolist(), references)]
             found = {i: outcome for part in self.ddp.gather(dict(zip(chunk, found))) for i, outcome in part.items()}
             for i, (outcome, cut) in found.items():
                 if kind == "logprob" and not np.isfinite(outcome):
@@ -244,7 +244,7 @@ def best_fixed(env, weights, queries, mask_of, size, seed, candidates=16):
     the better quarter on 32, and so on. mask_of(rows) -> (B, size) bool: entries these questions must not see; they go without.
     Returns indices of the pool's first `size` entries, best first.
     """
-    rng, size = np.random.default_rng(seed), mask.shape[1]
+    rng = np.random.default_rng(seed)
     left = rng.choice(size, min(candidates, size), replace=False).tolist()
     order, n, beaten = rng.permutation(len(queries)), 8, []
     while len(left) > 1:

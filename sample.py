@@ -43,7 +43,7 @@ def choose(select, matcher, query, h, asking, keys, bm25, shots, rng):
     if select == "knn":
         return select_nearest(matcher.z(h), keys[2], mask, shots)[0], None
     with torch.no_grad():
-        picks, probs = matcher.act(h, keys, shots, forbidden=mask, candidates=limit(matcher, h, h_pool, mask))
+        picks, probs = matcher.act(h, keys, shots, forbidden=mask, candidates=limit(matcher, h, keys, mask))
     return as_lists(picks)[0], probs[0].tolist()
 
 
@@ -79,7 +79,7 @@ def main():
     if not (folder / "config.json").exists():
         raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py first")
     matcher, settings = Matcher.load(folder)
-    if not {"shots", "model", "fingerprint", "adapter"} <= set(settings):
+    if not data.has(settings, shots=int, model=str, fingerprint=str, adapter=str):
         raise data.UserError(f"{folder / 'config.json'}: it does not say what the matcher was made with; run python train_matcher.py again")
     pool = data.load_examples(args.pool or folder / "pool.json", "--pool")
     shots = args.shots or settings["shots"]
@@ -148,7 +148,7 @@ def main():
             try:
                 ask(question, text)
             except data.UserError as e:  # one bad question does not end the conversation
-                print(f"error: {e}", file=sys.stderr)
+                print(visible(f"error: {e}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

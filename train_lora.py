@@ -149,15 +149,16 @@ def main():
             block.compile(dynamic=True)
 
     step, best, log = 0, float("inf"), []
-    if args.resume and (saved := data.read_checkpoint(state_path)):
+    if args.resume and (saved := data.read_checkpoint(state_path, step=int, log=list, settings=dict)):
         tensors, saved = saved
         data.same_settings(settings, saved["settings"], state_path)
-        step, best, log = saved["step"], float("inf") if saved["best"] is None else saved["best"], saved["log"]
-        for i, (t, m) in enumerate(zip(trainable, masters)):
-            with torch.no_grad():
-                m.copy_(tensors[f"{i}.weight"])
+        with data.fitting(state_path), torch.no_grad():
+            step, best, log = saved["step"], float("inf") if saved["best"] is None else float(saved["best"]), saved["log"]
+            for i, (t, m) in enumerate(zip(trainable, masters)):
+                m.copy_(tensors[f"{i}.weight"].view_as(m))
                 t.copy_(m)
-            optimizer.state[m] = {"step": torch.tensor(float(step), device=device), "exp_avg": tensors[f"{i}.m"].to(device), "exp_avg_sq": tensors[f"{i}.v"].to(device)}
+                optimizer.state[m] = {"step": torch.tensor(float(step), device=device), "exp_avg": tensors[f"{i}.m"].view_as(m).to(device),
+                                      "exp_avg_sq": tensors[f"{i}.v"].view_as(m).to(device)}
         print(f"resumed at step {step}")
 
     def learning_rate(step):
@@ -190,12 +191,12 @@ def main():
         data.write_checkpoint(state_path, tensors, {"step": step + 1, "best": best if math.isfinite(best) else None, "log": log, "settings": settings})
         data.write_lines(args.out / "log_lora.jsonl", log)
 
-    # ---- loop --------------------------------------------------------------------------------------
     def stopped(what):
         some = "; ".join(train[i]["instruction"][:40] for i in batches[step][:3])
         last = f"the last good checkpoint is {state_path}" if state_path.exists() else "there is no checkpoint yet"
         return data.UserError(f"step {step}: {what}. Batch: {some} ... {last}; try a smaller --lr")
 
+    # ---- loop --------------------------------------------------------------------------------------
     interrupt = data.Interrupt()
     model.train()
     batches = draw_batches(len(train), args.batch_size, args.steps, args.seed)
@@ -231,9 +232,9 @@ def main():
                "tokens_per_s": round(tokens / seconds), "seconds": round(seconds, 1)}
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             row["held_out"] = held_out_loss()
-            better = row["held_out"] < best
             if not math.isfinite(row["held_out"]):
                 raise stopped(f"held-out loss {row['held_out']}")
+            better = row["held_out"] < best
             best = min(best, row["held_out"])
             log.append(row)
             if ddp.rank == 0:

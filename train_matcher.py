@@ -111,7 +111,7 @@ def main():
     if not (lora_folder / "adapter_config.json").exists():
         raise data.UserError(f"{lora_folder}: no adapter there yet; run python train_lora.py --out {args.out} first")
     made = data.read_json(lora_folder / "adapter_config.json", dict).get("pillow")
-    if not isinstance(made, dict) or not {"data", "seed", "max_tokens", "fingerprint", "model"} <= set(made):
+    if not data.has(made, data=str, seed=int, max_tokens=int, fingerprint=str, model=str):
         raise data.UserError(f"{lora_folder}: this adapter does not say which data it was trained on; train it with train_lora.py")
     name = made["model"] if args.model == p.get_default("model") else args.model
     weights = rl.parse_reward(args.reward or ("exact" if made["data"] == "styles" else "logprob"))
@@ -130,8 +130,10 @@ def main():
     if args.shots > sizes["train"]:
         raise data.UserError(f"--shots {args.shots} is more than the pool's {sizes['train']} exemplars")
 
-    if args.sft:
-        data.resolve_model(args.sft)  # what is missing or too long is found now, not after the training
+    # what does not fit or is too long is found now, not after the training
+    sft = GPT.from_pretrained(args.sft, dtype, device) if args.sft else None
+    if sft and (sft.config != model.config or (sft.folder / "tokenizer.json").read_bytes() != (model.folder / "tokenizer.json").read_bytes()):
+        raise data.UserError(f"--sft {args.sft}: its shape or tokenizer is not that of {name}, from which it should have been tuned")
     for question in train + val + test:
         rl.prompt_room(model, enc, question, args.max_new_tokens)
 
@@ -158,14 +160,12 @@ def main():
     mask_val = forbidden(val, asking, sizes["val"])
     step, best, log = 0, -np.inf, []
 
-    def validate():
-        """Greedy on validation questions, whose houses (for styles) neither the LoRA nor the matcher ever trained on."""
-        picks = choose_greedily(matcher, h_val, h_pool[:sizes["val"]], mask_val, args.shots)
-        return float(env.score(weights, val, picks).mean()), rl.collapse_figures(picks, sizes["val"])
-
-    def checkpoint():
     def mask_of(rows):
         return forbidden([train[i] for i in rows], asking, n)
+
+    def stopped(error, questions):
+        last = f"the last good checkpoint is {state_path}" if state_path.exists() else "there is no checkpoint yet"
+        return data.UserError(f"step {step}: {error}. Batch: {'; '.join(q['instruction'][:40] for q in questions[:3])} ... {last}")
 
     def validate():
         """Greedy on validation questions, whose houses (for styles) neither the LoRA nor the matcher ever trained on."""
@@ -176,10 +176,6 @@ def main():
             raise stopped(e, val) from None
 
     def checkpoint():
-    def stopped(error, questions):
-        last = f"the last good checkpoint is {state_path}" if state_path.exists() else "there is no checkpoint yet"
-        return data.UserError(f"step {step}: {error}. Batch: {'; '.join(q['instruction'][:40] for q in questions[:3])} ... {last}")
-
         names = [k for k, _ in matcher.named_parameters()]
         adam = {f"{k}.{m}": optimizer.state[q][m] for k, q in zip(names, matcher.parameters()) if q in optimizer.state for m in ("exp_avg", "exp_avg_sq")}
         data.write_checkpoint(state_path, matcher.state_dict() | adam,
@@ -201,8 +197,8 @@ def main():
         print(f"resumed at step {step}")
     if args.eval_only:
         step = args.steps
-        if saved := data.read_checkpoint(state_path):
-            env.asked = set(saved[1]["asked"])
+        if saved := data.read_checkpoint(state_path, asked=list):
+            env.asked = set(map(str, saved[1]["asked"]))
 
     elif step == 0:
         best, figures = validate()
@@ -285,7 +281,6 @@ def main():
     chosen["oracle"] = [t[int(np.argmax(flat[e - len(t):e]))] for t, e in zip(tries, ends)]
     scores["oracle"] = measure(chosen["oracle"], "oracle")
     if args.sft:
-        sft = GPT.from_pretrained(args.sft, dtype, device)
         env_sft = rl.Environment(sft, enc, [], args.max_new_tokens, f"{sft.fingerprint} {dtype}", args.memo, ddp=ddp)
         scores["sft"] = {m: env_sft.score({m: 1.0}, test, [[] for _ in test], "sft") for m in metrics}
 
