@@ -3,7 +3,8 @@ Every test of this repository, and a second tutorial: one behaviour each, named 
 
     python test_all.py                    # everything, about a minute on two CPU cores; no network, no test runner
     python test_all.py matcher            # only the tests whose name contains "matcher"
-    KILLS=30 python test_all.py killed    # the interruption tests with 30 kills a script instead of 2
+    KILLS=30 python test_all.py killed    # the interruption tests with 30 kills each instead of 2
+    LONG=1 python test_all.py large_pool  # with 100,000 entries instead of 1,500: some minutes
     python -m pytest test_all.py          # the same tests under pytest
 
 The models are random and tiny, everything is written to temporary folders. Where transformers and PEFT are
@@ -496,10 +497,10 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 @contextlib.contextmanager
-def server(answer):
+def server(answer, pause=0):
     """An HTTP server on loopback; answer(path, headers) -> (status, headers, body[, cut off at]).
 
-    Yields (its address, the list of (path, headers) it was asked for).
+    pause: seconds between one piece of 16 KB and the next. Yields (its address, the list of (path, headers) it was asked for).
     """
     asked = []
 
@@ -511,7 +512,10 @@ def server(answer):
             for key, value in ({"Content-Length": str(len(body))} | headers).items():
                 self.send_header(key, value)
             self.end_headers()
-            self.wfile.write(body[: cut[0]] if cut else body)
+            body = body[: cut[0]] if cut else body
+            for piece in (body[s:s + (1 << 14)] for s in range(0, len(body), 1 << 14)) if pause else [body]:
+                self.wfile.write(piece)
+                time.sleep(pause)
 
         def log_message(self, *_):
             pass
@@ -2410,11 +2414,19 @@ def script(name, *flags, cwd, stdin=""):
     return status, out.getvalue(), err.getvalue()
 
 
-def start(name, *flags, cwd, **env):
-    """The same in a process of its own, which this does not wait for."""
-    command = [sys.executable, "-u", str(HERE / f"{name}.py"), *FLAGS[name].split(), *map(str, flags)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | {k: str(v) for k, v in env.items()}
-    return subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+def launch(*command, cwd, stdin=subprocess.DEVNULL, **env):
+    """A process of its own, which this does not wait for."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(HERE)} | {k: str(v) for k, v in env.items()}
+    return subprocess.Popen(command, cwd=cwd, env=env, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+
+
+def command(name, *flags):
+    return [sys.executable, "-u", str(HERE / f"{name}.py"), *FLAGS[name].split(), *map(str, flags)]
+
+
+def start(name, *flags, cwd, **more):
+    """A script in a process of its own."""
+    return launch(*command(name, *flags), cwd=cwd, **more)
 
 
 def finish(process):
@@ -2609,26 +2621,40 @@ def test_ctrl_c_saves_and_says_how_to_go_on():
 KILLS = int(os.environ.get("KILLS", 2))
 
 
-def kill_and_resume(name, without, made):
-    """SIGKILL at random moments after the start; the next start always works, and the end is that of a run left in peace."""
+def kill_often(d, begin, most=1.0):
+    """SIGKILL begin()'s process at random moments, up to `most` seconds after its first line.
+
+    The next start must always work and every file be whole; what was done before it could be killed is begun again.
+    """
     rng = random.Random(0)
-    with copy_of_trained(*without) as d, folder() as fresh:
+    with folder() as fresh:
         shutil.copytree(d, fresh, dirs_exist_ok=True)
-        shutil.rmtree(fresh / "cache")
         for n in range(KILLS):
-            process = start(name, "--resume", cwd=d)
-            process.stdout.readline()  # "cpu, float32 ...": it has read its flags
-            time.sleep(rng.uniform(0, 1.0))
+            process = begin()
+            process.stdout.readline()
+            time.sleep(rng.uniform(0, most))
             ended = process.poll()
             process.kill()
             err = finish(process)[2]
             assert ended in (None, 0), err
-            if ended == 0 and n + 1 < KILLS:  # it was done before: from the start again
+            for path in d.rglob("*.json"):
+                data.read_json(path)
+            for path in d.rglob("*.safetensors"):
+                dict(data.read_safetensors(path))
+            if ended == 0 and n + 1 < KILLS:
                 shutil.rmtree(d)
                 shutil.copytree(fresh, d)
+
+
+def kill_and_resume(name, without, made):
+    """The end is that of a run left in peace."""
+    with copy_of_trained(*without) as d:
+        shutil.rmtree(d / "cache")
+        kill_often(d, lambda: start(name, "--resume", cwd=d))
         status, _, err = script(name, "--resume", cwd=d)
         assert status == 0, err
         assert made(d) == made(trained())
+        assert not list(d.rglob("*.tmp"))
 
 
 def test_a_lora_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been():
@@ -2639,32 +2665,6 @@ def test_a_matcher_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been
     kill_and_resume("train_matcher", ["matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json"], made_by_matcher)
 
 
-def in_two_processes(name, d):
-    """What torchrun --nproc_per_node=2 does."""
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        raise Skip("this PyTorch has no gloo")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [start(name, cwd=d, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in (0, 1)]
-    ended = list(map(finish, ranks))
-    assert [status for status, *_ in ended] == [0, 0], ended
-
-
-def test_two_processes_give_the_losses_of_one():
-    with copy_of_trained("lora", "last_lora.safetensors", "log_lora.jsonl") as d:
-        in_two_processes("train_lora", d)
-        one, two = (lines_of(x / "out" / "log_lora.jsonl") for x in (trained(), d))
-        close([row["loss"] for row in two], [row["loss"] for row in one], 1e-4)
-        close([row["held_out"] for row in two if "held_out" in row], [row["held_out"] for row in one if "held_out" in row], 1e-4)
-
-
-def test_two_processes_give_the_rewards_of_one():
-    with copy_of_trained("matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json") as d:
-        in_two_processes("train_matcher", d)
-        one, two = (lines_of(x / "out" / "log_matcher.jsonl")[1:] for x in (trained(), d))
-        close([row["reward"] for row in two], [row["reward"] for row in one], 1e-5)
-        assert [row["calls"] for row in two] == [row["calls"] for row in one]
 def test_a_memo_of_runs_that_are_killed_again_and_again_holds_the_outcomes_of_one():
     """Without --resume: only the memo goes from one run to the next."""
     with copy_of_trained("matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json") as d:
@@ -2772,7 +2772,34 @@ def test_a_thousand_questions_take_no_more_memory_and_time_than_the_first():
         assert not memory or memory[-1] < memory[299] + 8, memory[99::300]
 
 
+def in_two_processes(name, d):
+    """What torchrun --nproc_per_node=2 does."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        raise Skip("this PyTorch has no gloo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [start(name, cwd=d, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in (0, 1)]
+    ended = list(map(finish, ranks))
+    assert [status for status, *_ in ended] == [0, 0], ended
+
+
+def test_two_processes_give_the_losses_of_one():
+    with copy_of_trained("lora", "last_lora.safetensors", "log_lora.jsonl") as d:
+        in_two_processes("train_lora", d)
+        one, two = (lines_of(x / "out" / "log_lora.jsonl") for x in (trained(), d))
+        close([row["loss"] for row in two], [row["loss"] for row in one], 1e-4)
+        close([row["held_out"] for row in two if "held_out" in row], [row["held_out"] for row in one if "held_out" in row], 1e-4)
+
+
+def test_two_processes_give_the_rewards_of_one():
+    with copy_of_trained("matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json") as d:
+        in_two_processes("train_matcher", d)
+        one, two = (lines_of(x / "out" / "log_matcher.jsonl")[1:] for x in (trained(), d))
+        close([row["reward"] for row in two], [row["reward"] for row in one], 1e-5)
+        assert [row["calls"] for row in two] == [row["calls"] for row in one]
         one, two = (data.read_json(x / "out" / "results.json") for x in (trained(), d))
+        assert two["cut_answers"] == one["cut_answers"] > 0
         for s in SELECTORS:
             close(list(two["metrics"][s].values()), list(one["metrics"][s].values()), 1e-5)
 
