@@ -91,13 +91,13 @@ def main():
     adapter = data.digest_file(lora_folder / "adapter_model.safetensors")
     if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; run python train_matcher.py again")
-    h_pool = cached_features(model, enc, pool, "the pool")
+    with torch.no_grad():
+        v, quality, z = matcher.prompts(cached_features(model, enc, pool, "the pool"))
+    keys = v.t().contiguous().t(), quality, z  # a single query meets a tall matrix twice as fast column by column
     for module in model.modules():
         module.packing = False  # the weights change twice a question (see `ask`): to pack them anew takes longer than it saves
     lora.load(model, lora_folder)
     lora.merge(model)
-    with torch.no_grad():
-        keys = matcher.prompts(h_pool)
     asking, bm25 = askers(pool), BM25([data.query_text(e) for e in pool]) if "bm25" in selectors else None
     env = rl.Environment(model, enc, pool, args.max_new_tokens)
     rng = torch.Generator().manual_seed(args.seed)
