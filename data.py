@@ -153,18 +153,18 @@ def read_text(path, limit=64 << 20):
 
 
 def read_lines(path, limit=16 << 20, errors="strict"):
-    """Yield (number, line) of a UTF-8 file (byte-order mark dropped), less blank lines; UserError when one is longer than `limit`."""
+    """Yield (number, line) of a UTF-8 file (byte-order mark dropped), less blank lines; UserError when one exceeds `limit` bytes."""
     n = 0
     try:
-        with open(path, encoding="utf-8-sig", errors=errors, newline="\n") as file:
+        with open(path, "rb") as file:
             while line := file.readline(limit + 1):
                 n += 1
                 if len(line) > limit:
-                    raise UserError(f"{path}, line {n}: longer than {limit:,} characters")
+                    raise UserError(f"{path}, line {n}: longer than {limit:,} bytes")
                 if line.strip():
-                    yield n, line
+                    yield n, line.decode("utf-8-sig" if n == 1 else "utf-8", errors)
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 (after line {n}); save it as UTF-8") from None
+        raise UserError(f"{path}, line {n}: not UTF-8; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 

@@ -54,6 +54,7 @@ import model
 import rl
 import sample
 import train_lora
+import train_matcher
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it helps
@@ -849,6 +850,24 @@ def test_a_bad_row_is_named_and_nothing_is_half_loaded():
             (d / "a.json").write_text(text)
             assert words in refused(data.load_examples, d / "a.json")
         assert "no such file" in refused(data.load_examples, d / "b.json")
+
+
+def test_a_line_of_100_mb_is_refused_by_number_without_its_memory():
+    """In a process of its own, whose peak memory can be read."""
+    code = ("import data, sys\n"
+            "before = data.peak_memory()\n"
+            "try:\n    data.load_examples(sys.argv[1])\n"
+            "except data.UserError as error:\n    print(data.peak_memory() - before if before else 0, error)")
+    with folder() as d:
+        with open(d / "a.jsonl", "w", encoding="utf-8") as file:
+            file.write(json.dumps(DATE) + '\n{"instruction": "' + "é" * 50_000_000 + '", "output": ""}\n')
+        grown, message = finish(launch(sys.executable, "-c", code, d / "a.jsonl", cwd=d))[1].split(" ", 1)
+        assert "a.jsonl, line 2" in message and int(grown) < 150, (grown, message[:200])
+        write_rows(d / "b.jsonl", [DATE, PLAIN | {"output": "a" * (data.LONGEST + 1)}])
+        assert "row 2" in refused(data.load_examples, d / "b.jsonl") and "1,000,001" in refused(data.load_examples, d / "b.jsonl")
+        assert "too long" in refused(data.encode, encoding(), "a" * (data.LONGEST + 1))
+        (d / "c.jsonl").write_bytes(json.dumps(DATE).encode() + b"\n\xff\n")
+        assert "line 2" in refused(data.load_examples, d / "c.jsonl")
 
 
 def test_hostile_example_files_are_refused_in_one_line():
@@ -2019,6 +2038,20 @@ def test_random_exemplars_are_uniform():
     picks = matcher.select_random(np.tile([False, True, False, False], (3000, 1)), 1, 0)
     share = np.bincount([p[0] for p in picks], minlength=4) / 3000
     assert share[1] == 0 and (abs(share[[0, 2, 3]] - 1 / 3) < 4.5 * (2 / 9 / 3000) ** 0.5).all()
+
+
+def test_many_questions_meet_a_large_pool_some_at_a_time():
+    m, pool, query = random_matcher(C=6, n=50, B=20, candidates=9)
+    asked = [{"instruction": str(n % 60), "input": ""} for n in range(70)]
+    mask = train_matcher.forbidden(asked[50:], train_matcher.askers(asked[:50]), 50)
+    assert mask.nonzero().tolist() == [[b, b - 10] for b in range(10, 20)]
+    assert not train_matcher.forbidden(asked[60:], train_matcher.askers(asked[:50]), 0).numel()
+    choose = lambda: (train_matcher.choose_greedily(m, query, pool, mask, 3), matcher.select_nearest(query, pool, mask, 3))
+    whole = choose()
+    few = lambda pool: 3
+    with unittest.mock.patch.object(matcher, "rows_at_once", few), unittest.mock.patch.object(train_matcher, "rows_at_once", few):
+        assert choose() == whole
+    assert matcher.rows_at_once(torch.empty(1000, 0)) == 1024 and matcher.rows_at_once(torch.empty(1 << 20, 0)) == 32
 
 
 def test_candidates_are_the_nearest_entries_that_are_allowed():
