@@ -2167,7 +2167,7 @@ def test_exact_forgives_white_space_only():
 
 def test_rewards_are_named_and_weighted():
     assert rl.parse_reward("exact") == {"exact": 1.0} and rl.parse_reward("rouge:0.5, logprob:2") == {"rouge": 0.5, "logprob": 2.0}
-    for bad in ("", "bleu", "rouge:x", "rouge:nan", "rouge:inf", "exact,", "rouge:0.5;exact", "rouge,rouge:0.5"):
+    for bad in ("", "bleu", "rouge:x", "rouge:nan", "rouge:inf", "exact,", "rouge:0.5;exact", "rouge,rouge:0.5", "rouge:0", "rouge:-1"):
         assert "--reward" in refused(rl.parse_reward, bad), bad
 
 
@@ -2256,6 +2256,43 @@ def test_a_memo_cut_short_costs_its_last_line_and_heals():
                 assert asked.n <= 1
                 assert environment(m, memo_path=path).outcomes("answer", QUERIES, PICKS) == want
                 assert asked.n <= 1
+
+
+def test_a_hostile_memo_costs_a_new_question_at_most():
+    """Values of the wrong kind under the very keys that are asked for, and lines that are no JSON."""
+    with folder() as d:
+        m, path = tiny(max_position_embeddings=1024), d / "memo.jsonl"
+        env = environment(m)
+        want = env.outcomes("answer", QUERIES, PICKS), env.outcomes("logprob", QUERIES, PICKS)
+        keys = [env.key(kind, q, p) for kind in ("answer", "logprob") for q, p in zip(QUERIES, PICKS)]
+        for value in ("NaN", "1e999", '"\\ud800"', "null", "5", "true", '["a"]', "{}", "[" * 100_000, '"a"', "0.5"):
+            path.write_text("".join(f'["{key}", {value}]\n' for key in keys[6 * (value == '"a"'):6 if value == "0.5" else 12]))
+            env = environment(m, memo_path=path)
+            assert (env.outcomes("answer", QUERIES, PICKS), env.outcomes("logprob", QUERIES, PICKS)) == want, value
+        path.write_bytes(b"\0" * 100 + b"[" * (17 << 20))
+        assert "line 1" in refused(environment, m, memo_path=path)
+        assert "--memo" in refused(environment, m, memo_path=d) and "--memo" in refused(environment, m, memo_path=d / "nowhere" / "memo.jsonl")
+
+
+def test_answers_cut_at_the_length_limit_are_counted_whether_asked_or_remembered():
+    with folder() as d:
+        m, path = tiny(max_position_embeddings=1024), d / "memo.jsonl"
+        first, again = environment(m, memo_path=path), environment(m)
+        first.outcomes("answer", QUERIES, PICKS)
+        again = environment(m, memo_path=path)
+        again.outcomes("answer", QUERIES, PICKS)
+        assert again.cut == first.cut != set()
+
+
+def test_a_vocabulary_wider_than_its_tokenizer_is_no_trouble_and_a_narrower_one_is_refused():
+    wide = tiny(vocab_size=V + 200, max_position_embeddings=1024)
+    env = environment(wide)
+    assert any(i >= V for a in wide.generate([data.encode_query(encoding(), q) for q in QUERIES], 12, eos_ids=()) for i in a)
+    assert all(isinstance(a, str) for a in env.outcomes("answer", QUERIES, PICKS))
+    gaps = data.make_encoding(tokenizer(vocab={t: i + 9 * (i > 100) for t, i in vocabulary().items()}), "gaps")
+    assert data.decode(gaps, [*data.encode(gaps, "hello"), 101, 105, 10_000]) == b"hello"
+    with folder() as d:
+        assert str(V - 1) in refused(data.load_tokenizer, write_tiny_folder(d, LLAMA | {"vocab_size": V - 1}))
 
 
 def test_exemplars_that_do_not_fit_are_dropped_the_last_chosen_first():
@@ -3010,6 +3047,8 @@ def mistakes(d):
     write_tiny_folder(d / "other", seed=1)
     write_tiny_folder(d / "wide", LLAMA | {"hidden_size": 64})
     (d / "not_a_model").mkdir()
+    write_tiny_folder(d / "no_weights")
+    (d / "no_weights" / "model.safetensors").unlink()
     (d / "bad.jsonl").write_text(json.dumps(DATE) + "\n" + json.dumps(DATE) + "\n{oops\n")
     (d / "empty.jsonl").write_text("\n")
     write_rows(d / "few.jsonl", rows_of(5))
@@ -3044,7 +3083,8 @@ def test_train_matcher_turns_mistakes_down():
         for word, *flags in [("other", "--model", "other"), ("wide", "--model", "wide"), ("smollm2-135m", "--model", "nope"), ("train_lora.py", "--lora", "nowhere"),
                              ("no such file", "--pool", "nope.jsonl"), ("line 3", "--pool", "bad.jsonl"), ("no examples", "--pool", "empty.jsonl"),
                              ("--shots 3", "--pool", "two.jsonl", "--shots", 3), ("--reward", "--reward", "bleu"), ("context", "--max_new_tokens", 500),
-                             ("nowhere", "--memo", "nowhere/memo.jsonl"), ("nowhere", "--sft", "nowhere"),
+                             ("nowhere", "--memo", "nowhere/memo.jsonl"), ("memo out", "--memo", "out"), ("nowhere", "--sft", "nowhere"),
+                             ("not_a_model", "--sft", "not_a_model"), ("wide", "--sft", "wide"), ("no_weights", "--sft", "no_weights"),
                              ("seed", "--resume", "--seed", 1), ("file", "--out", "file", "--lora", "out/lora")]:
             assert word in complaint("train_matcher", *flags, cwd=d), flags
     with folder() as d:
@@ -3102,6 +3142,19 @@ def test_out_of_range_flags_are_refused_before_any_work():
         assert not list(d.iterdir())
 
 
+def test_flags_that_contradict_or_would_be_ignored_are_refused_before_any_work():
+    bad = {"train_lora": [("--rank", "--full --rank 4"), ("--targets", "--full --rank 8 --targets q_proj"), ("--dropout", "--full --rank 8 --dropout 0.1"),
+                          ("--alpha", "--full --rank 8 --alpha 8"), ("--shots", "--share_nearest 0 --share_random 0 --shots 2")],
+           "train_matcher": [("--resume", "--eval_only --resume"), ("--shots", "--candidates 1 --shots 2")],
+           "sample": [("--select", "--compare --select knn"), ("--top_k", "--top_k 5"), ("--shots", "--select none --shots 1"), ("--pool", "--select none --pool x.jsonl")]}
+    with folder() as d:
+        for name, cases in bad.items():
+            for word, case in cases:
+                status, out, err = script(name, *case.split(), cwd=d)
+                assert status == 2 and word in err.splitlines()[-1] and "error: " in err.splitlines()[-1] and not out, (case, err)
+        assert not list(d.iterdir())
+
+
 def test_help_tells_every_flags_meaning_and_default():
     common = {"--model", "--out", "--seed", "--device", "--dtype", "--threads"}
     for name, flags in {"train_lora": {"--data", "--steps", "--batch_size", "--lr", "--rank", "--alpha", "--targets", "--max_tokens", "--resume"},
@@ -3149,6 +3202,16 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step():
         assert "step 0" in line and "last_lora" in line and any(e["instruction"][:20] in line for e in rows_of(60))
         with unittest.mock.patch.object(model.GPT, "answer_logprobs", lambda self, prompts, *_, **__: torch.full((len(prompts),), math.nan)):
             assert "nan" in complaint("train_matcher", cwd=d)
+        original = model.GPT.loss
+        evaluated = lambda self, *batch: original(self, *batch) if torch.is_grad_enabled() else torch.tensor(math.nan)
+        with unittest.mock.patch.object(model.GPT, "loss", evaluated):
+            line = complaint("train_lora", cwd=d)
+            assert "step 1" in line and "held-out loss nan" in line and "last_lora" in line
+            assert "no checkpoint yet" in complaint("train_lora", "--out", "new", cwd=d)
+        for reward, words in ((math.inf, "gradient"), (math.nan, "gradient")):
+            with unittest.mock.patch.object(rl.Environment, "score", lambda self, weights, queries, *_: np.full(len(queries), reward)):
+                line = complaint("train_matcher", "--out", "new", "--lora", "out/lora", cwd=d)
+                assert "step 0" in line and words in line and "no checkpoint yet" in line and any(e["instruction"][:20] in line for e in rows_of(60))
 
 
 # ---- running it without a test runner --------------------------------------------------------------
