@@ -192,7 +192,12 @@ def cached_features(model, enc, examples, what, cache="cache"):
     bar = tqdm(total=len(missing), desc=f"features of {what}", unit="prompt", disable=not missing)
     for s in range(0, len(missing), 512):
         rows = missing[s:s + 512]
-        fresh = model.features([encode_query(enc, examples[i]) for i in rows])
+        ids = [encode_query(enc, examples[i]) for i in rows]
+        for i, prompt in zip(rows, ids):
+            if len(prompt) > model.config.n_ctx:
+                raise UserError(f"{what}: the question {examples[i]['instruction'][:40]!r} takes {len(prompt):,} tokens, "
+                                f"the model's context is {model.config.n_ctx}")
+        fresh = model.features(ids)
         names = [keys[i] for i in rows]
         write_checkpoint(store / (hashlib.sha256("".join(names).encode()).hexdigest()[:24] + ".safetensors"), {"features": fresh}, names)
         known |= {k: (len(parts), i) for i, k in enumerate(names)}

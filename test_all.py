@@ -3053,6 +3053,7 @@ def mistakes(d):
     (d / "empty.jsonl").write_text("\n")
     write_rows(d / "few.jsonl", rows_of(5))
     write_rows(d / "two.jsonl", rows_of(2))
+    write_rows(d / "long.jsonl", [DATE, PLAIN | {"instruction": "long " * 200}, DATE])
     (d / "file").write_text("not a folder")
     return d
 
@@ -3073,7 +3074,8 @@ def test_train_lora_turns_mistakes_down():
                              ("line 3", "--data", "bad.jsonl"), ("no examples", "--data", "empty.jsonl"), ("at least 20", "--data", "few.jsonl"),
                              ("--max_tokens", "--max_tokens", 8), ("--targets", "--targets", "nope"), ("--device", "--device", "nope"),
                              ("--device", "--device", "cuda:99"), ("rank", "--rank", 5000), ("file", "--out", "file"),
-                             ("seed", "--resume", "--seed", 1), ("other", "--resume", "--model", "other"), ("lr", "--resume", "--lr", 0.1)]:
+                             ("seed", "--resume", "--seed", 1), ("other", "--resume", "--model", "other"), ("lr", "--resume", "--lr", 0.1),
+                             ("context", "--shots", 8)]:
             assert word in complaint("train_lora", *flags, cwd=d), flags
 
 
@@ -3096,7 +3098,8 @@ def test_sample_turns_mistakes_down():
         mistakes(d)
         for word, *flags in [("another model", "--model", "other"), ("another model", "--model", "wide"), ("no such file", "--pool", "nope.jsonl"),
                              ("line 3", "--pool", "bad.jsonl"), ("no examples", "--pool", "empty.jsonl"), ("--shots 3", "--pool", "two.jsonl", "--shots", 3),
-                             ("context", "--max_new_tokens", 500), ("context", "--prompt", "x" * 600), ("--prompt", "--prompt", " ")]:
+                             ("context", "--max_new_tokens", 500), ("context", "--prompt", "x" * 600), ("--prompt", "--prompt", " "),
+                             ("context", "--pool", "long.jsonl")]:
             assert word in complaint("sample", *(["--prompt", "hello"] if "--prompt" not in flags else []), *flags, cwd=d), flags
         assert "--input" in complaint("sample", "--input", "x", cwd=d)
         shutil.rmtree(d / "out" / "matcher")

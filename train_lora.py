@@ -121,6 +121,15 @@ def main():
     train, val = parts["lora_train"], parts["lora_val"]
     settings |= {"fingerprint": model.fingerprint, "template": data.TEMPLATE_VERSION, "n_train": len(train), "dtype": str(dtype)}
 
+    queries = [data.encode_query(enc, e) for e in train + val]
+    answers = [data.encode_answer(enc, e) for e in train + val]
+    between = data.encode(enc, data.BETWEEN)
+    shares = args.share_nearest, args.share_random
+    lengths = sorted(len(q) + len(a) + len(between) for q, a in zip(queries, answers))
+    longest = sum(lengths[-1 - args.shots if any(shares) else -1:])
+    if longest > model.config.n_ctx:
+        raise data.UserError(f"--max_tokens {args.max_tokens} and --shots {args.shots} let a training example take {longest:,} tokens; the model's context is {model.config.n_ctx}")
+
     near = {}
     if args.share_nearest:
         h = matcher.cached_features(model, enc, train + val, "training questions")
@@ -140,10 +149,6 @@ def main():
     # Small updates to a bfloat16 weight are rounded away, so the optimiser owns float32 copies of such weights.
     masters = [t if t.dtype == torch.float32 else t.detach().float().requires_grad_() for t in trainable]
     optimizer = torch.optim.AdamW(masters, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95) if args.full else (0.9, 0.999), fused=True)
-    queries = [data.encode_query(enc, e) for e in train + val]
-    answers = [data.encode_answer(enc, e) for e in train + val]
-    between = data.encode(enc, data.BETWEEN)
-    shares = args.share_nearest, args.share_random
     if args.compile:
         for block in model.blocks:
             block.compile(dynamic=True)
