@@ -31,7 +31,7 @@ def visible(text):
 
 
 def choose(select, matcher, query, h, asking, keys, bm25, shots, rng):
-    """-> (pool indices, their probabilities or None) for one query; h (1, C), asking = askers(pool), keys = matcher.prompts(h_pool)."""
+    """-> (pool indices, their probabilities or None) for one query; h (1, C), asking = askers(pool), keys = matcher.prompts(pool features)."""
     mask = forbidden([query], asking, len(keys[0]))
     if select == "none":
         return [], None
