@@ -1213,6 +1213,70 @@ def test_generation_behind_a_prefix_is_generation_behind_the_whole_text():
                 assert got == want
 
 
+def test_packed_weights_change_no_answer():
+    """Whatever happens to a weight (a merge, an optimiser, a training pass in between), its packed copy is never an old one."""
+    prompts = ragged(5, 40, 1, 17)
+    for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
+        if not model.can_pack(dtype):
+            raise Skip(f"this PyTorch or CPU does not multiply packed {dtype} weights")
+        results = {}
+        for packing in (True, False):
+            m = tiny(config, dtype=dtype)
+            for module in m.modules():
+                module.packing = packing
+            found = results[packing] = []
+
+            def ask():
+                found.append((m.generate(prompts, 8, eos_ids=()), m.features(prompts)))
+
+            ask()
+            torch.manual_seed(0)
+            lora.inject(m, 4, 64)
+            with torch.no_grad():
+                for i, layer in enumerate(lora.layers(m).values()):
+                    layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(i)))
+            ask()  # the adapter beside the packed base
+            lora.merge(m)
+            ask()
+            with lora.bare(m):
+                ask()
+            ask()
+            lora.unmerge(m)
+            ask()
+            m.requires_grad_(True)
+            m.loss(*train_lora.make_batch([0], [[]], {0: [3, 4, 5]}, {0: [6, 7]}, [2], "cpu")).backward()
+            torch.optim.SGD(m.parameters(), 1.0).step()
+            ask()
+            with torch.no_grad():
+                for module in m.modules():
+                    if isinstance(module, model.Linear):
+                        module.weight.neg_()
+            ask()
+        for with_it, without in zip(results[True], results[False]):
+            close(with_it[1], without[1], 1e-5 if dtype == torch.float32 else 0)
+            assert with_it[0] == without[0]
+        texts = [json.dumps(answers) for answers, _ in results[True]]
+        assert texts[0] == texts[3] and texts[2] == texts[4] and texts[1] == texts[5]  # bare is the base; merged is merged
+        assert len({texts[0], texts[2], texts[6], texts[7]}) == 4  # and each of these changes did change the answers
+
+
+def test_padding_is_left_out_and_changes_nothing():
+    prompts = ragged(5, 40, 1, 17, 40)
+    for config in BOTH:
+        m = tiny(config)
+        ids, lengths = model.pad(prompts)
+        with torch.no_grad():
+            h, all_of_it = m.hidden(ids, None, lengths), m.hidden(ids)
+            for b, prompt in enumerate(prompts):
+                close(h[b, :len(prompt)], m.hidden(torch.tensor([prompt]))[0], 2e-6)
+                close(h[b, :len(prompt)], all_of_it[b, :len(prompt)], 2e-6)
+                assert not h[b, len(prompt):].any()
+        seen = []
+        with unittest.mock.patch.object(model.MLP, "forward", lambda self, x, forward=model.MLP.forward: (seen.append(len(x)), forward(self, x))[1]):
+            m.features(prompts)
+        assert set(seen) == {sum(map(len, prompts))}  # and it is left out, not only hidden
+
+
 def test_rows_that_end_early_leave_and_change_no_other_answer():
     """Ten answers that end at different times; finished rows are really dropped from the batch on the way."""
     prompts = ragged(*range(3, 13))
@@ -2312,6 +2376,18 @@ def test_the_entropy_bonus_acts_below_its_floor_only():
         _, log = step(m, pool, query, picks, rewards, entropy + 0.1, 1.0, lr=0.1)
     assert log["entropy"] > entropy + 0.09  # pushed up to the floor, and then left alone
     assert not any(g.any() for g in step(m, pool, query, picks, rewards, entropy + 0.08, 1.0)[0].values())
+
+
+def test_a_large_pool_is_laid_out_by_channel_and_chosen_from_alike():
+    torch.manual_seed(0)
+    m, pool, query = matcher.Matcher(8, 16), torch.randn(1 << 14, 8), torch.randn(20, 8)
+    with torch.no_grad():
+        v, quality, z = m.prompts(pool)
+        assert v.stride() == (1, len(pool))
+        want = m.act(query, (v.contiguous(), quality, z), 2)
+        got = m.act(query, (v, quality, z), 2)
+        assert torch.equal(got[0], want[0]) and close(got[1], want[1], 1e-6)
+        assert m.prompts(pool[1:])[0].is_contiguous()
 
 
 def test_reinforce_learns_which_exemplar_pays():
