@@ -107,6 +107,16 @@ class Matcher(nn.Module):
             blocked[:, -1] = ~blocked[:, :-1].all(1)
         return scores.masked_fill(blocked, float("-inf"))
 
+    @torch.no_grad()
+    def expect_stop(self, p, query, pool, **limits):
+        """Set the score of *stop* so that the policy, before it learns, stops at once with probability p for the median query.
+
+        Starting at 0, far below any neighbour's cosine, it would hardly ever be tried, so never learnt.
+        """
+        none = torch.zeros(len(query), 0, dtype=torch.long)
+        others = self.logits(query, pool, none, **limits)[:, :-1].logsumexp(-1)  # (B,)
+        self.query_mlp[-1].bias[-1] = (others.median() + math.log(p / (1 - p))) / self.tau.exp()
+
     def act(self, query, pool, shots, generator=None, **limits):
         """Up to `shots` picks for each query (B, C): greedy, or sampled when a generator is given.
 

@@ -2391,6 +2391,17 @@ def test_a_large_pool_is_laid_out_by_channel_and_chosen_from_alike():
         assert m.prompts(pool[1:])[0].is_contiguous()
 
 
+def test_the_stop_prior_is_the_median_querys_chance_of_stopping():
+    torch.manual_seed(0)
+    m, pool, query = matcher.Matcher(8, 16), torch.randn(30, 8), torch.randn(21, 8)
+    few = torch.rand(21, 30) < 0.5
+    for p, limits in ((0.2, {}), (0.05, {"candidates": few})):
+        m.expect_stop(p, query, m.prompts(pool), **limits)
+        with torch.no_grad():
+            stop = m.logits(query, m.prompts(pool), torch.zeros(21, 0, dtype=torch.long), **limits).softmax(-1)[:, -1]
+        close(stop.median(), p, 1e-5)
+
+
 def test_reinforce_learns_which_exemplar_pays():
     """The nearest exemplar is worth nothing, another one everything; and where none pays, to stop."""
     torch.manual_seed(0)

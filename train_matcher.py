@@ -77,6 +77,7 @@ def main():
     p.add_argument("--candidates", type=data.number(int, 0), default=0, help="let the policy choose among the nearest so many only; 0: the whole pool")
     p.add_argument("--entropy_floor", type=data.number(float, 0), default=0.3, help="nats of policy entropy below which it is held back")
     p.add_argument("--entropy_weight", type=data.number(float, 0), default=0.05, help="how strongly")
+    p.add_argument("--stop_prior", type=data.number(float, 0, 0.99), default=0.0, help="probability of stopping at once before anything is learnt; 0: next to none")
     p.add_argument("--no_stop", action="store_true", help="take the stop action away: always --shots exemplars")
     p.add_argument("--ordinary_init", action="store_true", help="towers that do not start as the identity (for comparison)")
     p.add_argument("--max_new_tokens", type=data.number(int, 1), default=48, help="length limit of an answer")
@@ -145,6 +146,10 @@ def main():
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
     mask_train, mask_val = forbidden(train, pool[:n]), forbidden(val, pool[:sizes["val"]])
     cand_train = limit(matcher, h_train, h_pool[:n], mask_train)
+    if args.stop_prior:
+        some = slice(0, 512)
+        matcher.expect_stop(args.stop_prior, h_train[some], matcher.prompts(h_pool[:n]), forbidden=mask_train[some],
+                            candidates=cand_train[some] if cand_train is not None else None)
     step, best, log = 0, -np.inf, []
 
     def validate():
