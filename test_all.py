@@ -3168,9 +3168,9 @@ def bench(parts=()):
 
     mine, peer = ours(), theirs().eval() if peft else None
     splits = data.split(data.styles())
-    pool = splits["pool"][:32]
+    longest = lambda examples, n: sorted(examples, key=lambda e: len(data.encode_query(enc, e)))[-n:]
+    pool, queries = longest(splits["pool"], 32), longest(splits["test"], 64)  # about 50 tokens each, answer included; about 40
     env = rl.Environment(mine, enc, pool, 16)
-    queries = splits["test"][:64]
     first, rest = zip(*(env.prompt(q, [i % 32], 16) for i, q in enumerate(queries)))
     prompts = [env.exemplars[i % 32] + data.encode_query(enc, q) for i, q in enumerate(queries)]
 
