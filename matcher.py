@@ -76,7 +76,10 @@ class Matcher(nn.Module):
         """Pool features (n, C) -> v (n, C) unit vectors, quality (n,), z (n, C): what every query meets."""
         z = self.z(features)
         out = self.prompt_mlp(z)  # (n, C + 1)
-        return F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1), out[:, -1], z
+        v = F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1)
+        if len(v) >= 1 << 14 and not torch.is_grad_enabled():
+            v = v.t().contiguous().t()  # laid out channel by channel, one query's product with it takes half the time
+        return v, out[:, -1], z
 
     def logits(self, query, pool, chosen, forbidden=None, candidates=None):
         """Unnormalised log pi of every action.
@@ -103,6 +106,16 @@ class Matcher(nn.Module):
         if not self.stop:  # then stop remains only where nothing else does
             blocked[:, -1] = ~blocked[:, :-1].all(1)
         return scores.masked_fill(blocked, float("-inf"))
+
+    @torch.no_grad()
+    def expect_stop(self, p, query, pool, **limits):
+        """Set the score of *stop* so that the policy, before it learns, stops at once with probability p for the median query.
+
+        Starting at 0, far below any neighbour's cosine, it would hardly ever be tried, so never learnt.
+        """
+        none = torch.zeros(len(query), 0, dtype=torch.long)
+        others = self.logits(query, pool, none, **limits)[:, :-1].logsumexp(-1)  # (B,)
+        self.query_mlp[-1].bias[-1] = (others.median() + math.log(p / (1 - p))) / self.tau.exp()
 
     def act(self, query, pool, shots, generator=None, **limits):
         """Up to `shots` picks for each query (B, C): greedy, or sampled when a generator is given.

@@ -198,9 +198,10 @@ class FrozenHeadLoss(torch.autograd.Function):
             y = targets[s:s + 64, None]
             log_z = p.logsumexp(-1, keepdim=True)  # (n, 1)
             total += (log_z - p.gather(1, y)).sum()
-            p = p.sub_(log_z).exp_()
-            p.scatter_add_(1, y, -torch.ones_like(log_z))
-            dh[s:s + 64] = p.to(h.dtype) @ W
+            if ctx.needs_input_grad[0]:
+                p = p.sub_(log_z).exp_()
+                p.scatter_add_(1, y, -torch.ones_like(log_z))
+                dh[s:s + 64] = p.to(h.dtype) @ W
         ctx.save_for_backward(dh)
         return total
 

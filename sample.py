@@ -92,8 +92,7 @@ def main():
     if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; run python train_matcher.py again")
     with torch.no_grad():
-        v, quality, z = matcher.prompts(cached_features(model, enc, pool, "the pool"))
-    keys = v.t().contiguous().t(), quality, z  # a single query meets a tall matrix twice as fast column by column
+        keys = matcher.prompts(cached_features(model, enc, pool, "the pool"))
     for module in model.modules():
         module.packing = False  # the weights change twice a question (see `ask`): to pack them anew takes longer than it saves
     lora.load(model, lora_folder)

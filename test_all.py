@@ -1296,6 +1296,71 @@ def test_generation_behind_a_prefix_is_generation_behind_the_whole_text():
                 assert got == want
 
 
+def test_packed_weights_change_no_answer():
+    """Whatever happens to a weight (a merge, an optimiser, a training pass in between), its packed copy is never an old one."""
+    prompts = ragged(5, 40, 1, 17)
+    for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
+        if not model.can_pack(dtype):
+            raise Skip(f"this PyTorch or CPU does not multiply packed {dtype} weights")
+        results = {}
+        for packing in (True, False):
+            m = tiny(config, dtype=dtype)
+            for module in m.modules():
+                module.packing = packing
+            found = results[packing] = []
+
+            def ask():
+                found.append((m.generate(prompts, 8, eos_ids=()), m.features(prompts)))
+
+            ask()
+            torch.manual_seed(0)
+            lora.inject(m, 4, 64)
+            with torch.no_grad():
+                for i, layer in enumerate(lora.layers(m).values()):
+                    layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(i)))
+            ask()  # the adapter beside the packed base
+            lora.merge(m)
+            ask()
+            with lora.bare(m):
+                ask()
+            ask()
+            lora.unmerge(m)
+            ask()
+            m.requires_grad_(True)
+            m.loss(*train_lora.make_batch([0], [[]], {0: [3, 4, 5]}, {0: [6, 7]}, [2], "cpu")).backward()
+            torch.optim.SGD(m.parameters(), 1.0).step()
+            ask()
+            with torch.no_grad():
+                for module in m.modules():
+                    if isinstance(module, model.Linear):
+                        module.weight.neg_()
+            ask()
+        for with_it, without in zip(results[True], results[False]):
+            close(with_it[1], without[1], 1e-5 if dtype == torch.float32 else 0)
+            assert with_it[0] == without[0]
+        h = [features for _, features in results[True]]
+        assert torch.equal(h[0], h[3]) and torch.equal(h[2], h[4]) and torch.equal(h[1], h[5])  # bare is the base; merged is merged
+        for a, b in itertools.combinations((0, 2, 6, 7), 2):
+            assert (h[a] - h[b]).abs().max() > 1e-3, (a, b)  # each of these changes is one that shows
+
+
+def test_padding_is_left_out_and_changes_nothing():
+    prompts = ragged(5, 40, 1, 17, 40)
+    for config in BOTH:
+        m = tiny(config)
+        ids, lengths = model.pad(prompts)
+        with torch.no_grad():
+            h, all_of_it = m.hidden(ids, None, lengths), m.hidden(ids)
+            for b, prompt in enumerate(prompts):
+                close(h[b, :len(prompt)], m.hidden(torch.tensor([prompt]))[0], 2e-6)
+                close(h[b, :len(prompt)], all_of_it[b, :len(prompt)], 2e-6)
+                assert not h[b, len(prompt):].any()
+        seen = []
+        with unittest.mock.patch.object(model.MLP, "forward", lambda self, x, forward=model.MLP.forward: (seen.append(len(x)), forward(self, x))[1]):
+            m.features(prompts)
+        assert set(seen) == {sum(map(len, prompts))}  # and it is left out, not only hidden
+
+
 def test_rows_that_end_early_leave_and_change_no_other_answer():
     """Ten answers that end at different times; finished rows are really dropped from the batch on the way."""
     prompts = ragged(*range(3, 13))
@@ -2466,6 +2531,29 @@ def test_the_entropy_bonus_acts_below_its_floor_only():
     assert not any(g.any() for g in step(m, pool, query, picks, rewards, entropy + 0.08, 1.0)[0].values())
 
 
+def test_a_large_pool_is_laid_out_by_channel_and_chosen_from_alike():
+    torch.manual_seed(0)
+    m, pool, query = matcher.Matcher(8, 16), torch.randn(1 << 14, 8), torch.randn(20, 8)
+    with torch.no_grad():
+        v, quality, z = m.prompts(pool)
+        assert v.stride() == (1, len(pool))
+        want = m.act(query, (v.contiguous(), quality, z), 2)
+        got = m.act(query, (v, quality, z), 2)
+        assert torch.equal(got[0], want[0]) and close(got[1], want[1], 1e-6)
+        assert m.prompts(pool[1:])[0].is_contiguous()
+
+
+def test_the_stop_prior_is_the_median_querys_chance_of_stopping():
+    torch.manual_seed(0)
+    m, pool, query = matcher.Matcher(8, 16), torch.randn(30, 8), torch.randn(21, 8)
+    few = torch.rand(21, 30) < 0.5
+    for p, limits in ((0.2, {}), (0.05, {"candidates": few})):
+        m.expect_stop(p, query, m.prompts(pool), **limits)
+        with torch.no_grad():
+            stop = m.logits(query, m.prompts(pool), torch.zeros(21, 0, dtype=torch.long), **limits).softmax(-1)[:, -1]
+        close(stop.median(), p, 1e-5)
+
+
 def test_reinforce_learns_which_exemplar_pays():
     """The nearest exemplar is worth nothing, another one everything; and where none pays, to stop."""
     torch.manual_seed(0)
@@ -2569,13 +2657,13 @@ def launch(*command, cwd, stdin=subprocess.DEVNULL, **env):
     return subprocess.Popen(command, cwd=cwd, env=env, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 
-def command(name, *flags):
-    return [sys.executable, "-u", str(HERE / f"{name}.py"), *FLAGS[name].split(), *map(str, flags)]
+def command(name, *flags, launcher=()):
+    return [sys.executable, "-u", *launcher, str(HERE / f"{name}.py"), *FLAGS[name].split(), *map(str, flags)]
 
 
-def start(name, *flags, cwd, **more):
+def start(name, *flags, cwd, launcher=(), **more):
     """A script in a process of its own."""
-    return launch(*command(name, *flags), cwd=cwd, **more)
+    return launch(*command(name, *flags, launcher=launcher), cwd=cwd, **more)
 
 
 def finish(process):
@@ -2957,15 +3045,15 @@ def test_a_thousand_questions_take_no_more_memory_and_time_than_the_first():
 
 
 def in_two_processes(name, d):
-    """What torchrun --nproc_per_node=2 does."""
+    """torchrun --nproc_per_node=2 NAME.py"""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         raise Skip("this PyTorch has no gloo")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [start(name, cwd=d, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in (0, 1)]
-    ended = list(map(finish, ranks))
-    assert [status for status, *_ in ended] == [0, 0], ended
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    status, _, err = finish(start(name, cwd=d, launcher=torchrun))
+    assert status == 0, err
 
 
 def test_two_processes_give_the_losses_of_one():
@@ -3278,7 +3366,7 @@ def test_out_of_range_flags_are_refused_before_any_work():
 def test_flags_that_contradict_or_would_be_ignored_are_refused_before_any_work():
     bad = {"train_lora": [("--rank", "--full --rank 4"), ("--targets", "--full --rank 8 --targets q_proj"), ("--dropout", "--full --rank 8 --dropout 0.1"),
                           ("--alpha", "--full --rank 8 --alpha 8"), ("--shots", "--share_nearest 0 --share_random 0 --shots 2")],
-           "train_matcher": [("--resume", "--eval_only --resume"), ("--shots", "--candidates 1 --shots 2")],
+           "train_matcher": [("--resume", "--eval_only --resume"), ("--stop_prior", "--no_stop --stop_prior 0.5"), ("--shots", "--candidates 1 --shots 2")],
            "sample": [("--select", "--compare --select knn"), ("--top_k", "--top_k 5"), ("--shots", "--select none --shots 1"), ("--pool", "--select none --pool x.jsonl")]}
     with folder() as d:
         for name, cases in bad.items():
@@ -3513,9 +3601,9 @@ def bench(parts=()):
 
     mine, peer = ours(), theirs().eval() if peft else None
     splits = data.split(data.styles())
-    pool = splits["pool"][:32]
+    longest = lambda examples, n: sorted(examples, key=lambda e: len(data.encode_query(enc, e)))[-n:]
+    pool, queries = longest(splits["pool"], 32), longest(splits["test"], 64)  # about 50 tokens each, answer included; about 40
     env = rl.Environment(mine, enc, pool, 16)
-    queries = splits["test"][:64]
     first, rest = zip(*(env.prompt(q, [i % 32], 16) for i, q in enumerate(queries)))
     prompts = [env.exemplars[i % 32] + data.encode_query(enc, q) for i, q in enumerate(queries)]
 

@@ -118,7 +118,7 @@ def main():
     enc = data.load_tokenizer(args.model)
     examples = data.keep_short(enc, examples, args.max_tokens, args.data)
     parts = data.split(examples, args.seed)
-    train, val = parts["lora_train"], parts["lora_val"]
+    train, val = parts["lora_train"], parts["lora_val"][:64]
     settings |= {"fingerprint": model.fingerprint, "template": data.TEMPLATE_VERSION, "n_train": len(train), "dtype": str(dtype)}
 
     queries = [data.encode_query(enc, e) for e in train + val]
@@ -172,11 +172,11 @@ def main():
             return args.lr * (step + 1) / warm
         return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm))))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def held_out_loss():
         """Mean loss of an answer token, on held-out questions behind training exemplars in the training shares."""
         model.eval()
-        rows = list(range(len(train), len(train) + min(len(val), 128)))
+        rows = list(range(len(train), len(train) + len(val)))
         exemplars = with_exemplars(rows, len(train), near, shares, args.shots, random.Random(0))
         order = sorted(range(len(rows)), key=lambda b: sum(len(queries[j]) for j in [*exemplars[b], rows[b]]))
         total = count = 0

@@ -86,6 +86,7 @@ def main():
     p.add_argument("--candidates", type=data.number(int, 0), default=0, help="let the policy choose among the nearest so many only; 0: the whole pool")
     p.add_argument("--entropy_floor", type=data.number(float, 0), default=0.3, help="nats of policy entropy below which it is held back")
     p.add_argument("--entropy_weight", type=data.number(float, 0), default=0.05, help="how strongly")
+    p.add_argument("--stop_prior", type=data.number(float, 0, 0.99), default=0.0, help="probability of stopping at once before anything is learnt; 0: next to none")
     p.add_argument("--no_stop", action="store_true", help="take the stop action away: always --shots exemplars")
     p.add_argument("--ordinary_init", action="store_true", help="towers that do not start as the identity (for comparison)")
     p.add_argument("--max_new_tokens", type=data.number(int, 1), default=48, help="length limit of an answer")
@@ -94,6 +95,7 @@ def main():
     p.add_argument("--n_val", type=data.number(int, 1), default=96, help="validation questions, at most")
     p.add_argument("--n_test", type=data.number(int, 1), default=800, help="test questions, at most")
     p.add_argument("--oracle", type=data.number(int, 0), default=4, help="the oracle tries so many nearest exemplars for each question, and every other selector's choice")
+    p.add_argument("--cache_gb", type=data.number(float, 0), default=1.0, help="memory for the exemplars' keys and values (0.02 MB a token for the default model)")
     p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
     p.add_argument("--sft", help="folder of a fully fine-tuned model (train_lora.py --full), compared without exemplars")
     p.add_argument("--eval_only", action="store_true", help="no training, whatever its flags say: compare with the matcher in OUT/matcher")
@@ -101,6 +103,8 @@ def main():
     args = p.parse_args()
     if args.eval_only and args.resume:
         p.error("--resume has nothing to go on with under --eval_only")
+    if args.no_stop:
+        data.pointless(p, args, "--no_stop", "stop_prior")
     if 0 < args.candidates < args.shots:
         p.error(f"--candidates {args.candidates} are fewer than --shots {args.shots}")
     ddp = data.Processes()
@@ -123,7 +127,8 @@ def main():
     model, enc = GPT.from_pretrained(name, dtype, device), data.load_tokenizer(name)
     if made["fingerprint"] != model.fingerprint:
         raise data.UserError(f"{lora_folder}: the adapter was made for {made['model']} ({made['fingerprint']}), not for {name} ({model.fingerprint})")
-    parts = data.split(data.keep_short(enc, examples, made["max_tokens"], made["data"]), made["seed"])
+    short = data.keep_short(enc, examples, made["max_tokens"], made["data"])
+    parts = data.split(short, made["seed"])
     train, val, test = parts["matcher_train"][:args.n_train], parts["val"][:args.n_val], parts["test"][:args.n_test]
     pool = own_pool or parts["pool"]
     sizes = dict.fromkeys(("train", "val", "test"), len(pool)) if own_pool else parts["pool_sizes"]
@@ -143,10 +148,10 @@ def main():
     lora.load(model, lora_folder)
     lora.merge(model, keep_base=False)  # rollouts run at the speed of the plain model
     adapter = data.digest_file(lora_folder / "adapter_model.safetensors")
-    env = rl.Environment(model, enc, pool, args.max_new_tokens, f"{model.fingerprint} {adapter} {dtype}", args.memo, ddp=ddp)
+    env = rl.Environment(model, enc, pool, args.max_new_tokens, f"{model.fingerprint} {adapter} {dtype}", args.memo, cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
 
     folder, state_path = args.out / "matcher", args.out / "last_matcher.safetensors"
-    settings = {k: str(v) if k in ("out", "pool") else v for k, v in vars(args).items() if k not in ("resume", "threads", "device", "eval_only", "memo", "sft")}
+    settings = {k: str(v) if k in ("out", "pool") else v for k, v in vars(args).items() if k not in ("resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")}
     settings |= {"model": name, "data": made["data"], "lora_seed": made["seed"], "reward": weights, "fingerprint": model.fingerprint,
                  "adapter": adapter, "template": data.TEMPLATE_VERSION, "pool_size": len(pool), "dtype": str(dtype)}
 
@@ -158,10 +163,16 @@ def main():
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
     asking = askers(pool)
     mask_val = forbidden(val, asking, sizes["val"])
-    step, best, log = 0, -np.inf, []
 
     def mask_of(rows):
         return forbidden([train[i] for i in rows], asking, n)
+
+    if args.stop_prior:
+        with torch.no_grad():
+            some, prompts = range(len(train))[:512], matcher.prompts(h_pool[:n])
+            mask = mask_of(some)
+            matcher.expect_stop(args.stop_prior, h_train[:512], prompts, forbidden=mask, candidates=limit(matcher, h_train[:512], prompts, mask))
+    step, best, log = 0, -np.inf, []
 
     def stopped(error, questions):
         last = f"the last good checkpoint is {state_path}" if state_path.exists() else "there is no checkpoint yet"
@@ -284,11 +295,17 @@ def main():
         env_sft = rl.Environment(sft, enc, [], args.max_new_tokens, f"{sft.fingerprint} {dtype}", args.memo, ddp=ddp)
         scores["sft"] = {m: env_sft.score({m: 1.0}, test, [[] for _ in test], "sft") for m in metrics}
 
+    def against_all(metric):
+        """Paired differences with their intervals: pillow minus every other selector, and nearest neighbour minus none."""
+        pairs = [("pillow", s) for s in scores if s not in ("pillow", "oracle")] + [("knn", "none")]
+        return {f"{a}-{b}": rl.bootstrap(scores[a][metric] - scores[b][metric]) for a, b in pairs}
+
     head = {s: v[headline] for s, v in scores.items()}
-    paired = {f"pillow-{s}": rl.bootstrap(head["pillow"] - head[s]) for s in scores if s not in ("pillow", "oracle")}
+    paired = against_all(headline)
     gap = head["oracle"].mean() - head["none"].mean()
     results = {"model": name, "data": made["data"], "n_test": len(test), "shots": args.shots, "seed": args.seed, "headline": headline,
                "metrics": {s: {m: float(a.mean()) for m, a in v.items()} for s, v in scores.items()}, "paired": paired,
+               "paired_by_metric": {m: against_all(m) for m in metrics}, "examples": {"read": len(examples), "kept": len(short), "max_tokens": made["max_tokens"]},
                "gap_closed": float((head["pillow"].mean() - head["none"].mean()) / gap) if gap else None, "llm_calls": calls, "swapped_pool": swapped,
                "seconds": {"train": round(train_seconds, 1), "all": round(time.perf_counter() - start, 1)},
                "collapse": rl.collapse_figures(chosen["pillow"], len(pool)), "cut_answers": len(env.cut & env.asked),
