@@ -922,7 +922,7 @@ def test_a_line_of_100_mb_is_refused_by_number_without_its_memory():
         with open(d / "a.jsonl", "w", encoding="utf-8") as file:
             file.write(json.dumps(DATE) + '\n{"instruction": "' + "é" * 50_000_000 + '", "output": ""}\n')
         grown, message = finish(launch(sys.executable, "-c", code, d / "a.jsonl", cwd=d))[1].split(" ", 1)
-        assert "a.jsonl, line 2" in message and int(grown) < 150, (grown, message[:200])
+        assert "a.jsonl, line 2: longer than" in message and int(grown) < 150, (grown, message[:200])
         write_rows(d / "b.jsonl", [DATE, PLAIN | {"output": "a" * (data.LONGEST + 1)}])
         assert "row 2" in refused(data.load_examples, d / "b.jsonl") and "1,000,001" in refused(data.load_examples, d / "b.jsonl")
         assert "too long" in refused(data.encode, encoding(), "a" * (data.LONGEST + 1))
@@ -2267,6 +2267,8 @@ def test_a_damaged_file_of_features_is_named_or_made_again():
         odd = {"no keys": save_file({"features": want}, part) or part.read_bytes()}
         data.write_checkpoint(part, {"features": want[:4]}, ["a"] * 10)
         odd["too few"] = part.read_bytes()
+        data.write_checkpoint(part, {"features": want}, [["a"]] * 10)
+        odd["keys that are no text"] = part.read_bytes()
         data.write_checkpoint(part, {"other": want}, ["a"] * 10)
         odd["another tensor"] = part.read_bytes()
         for damaged in (b"", whole[:100], whole[:-1], *odd.values()):
@@ -3433,8 +3435,8 @@ def test_results_that_are_whole_files_of_nonsense_are_read_as_they_stand_or_refu
                 assert status == 0 or status == 2 and len(lines) == 1 and lines[0].startswith("error: "), (file, status, lines)
                 counts[file][status // 2] += 1
                 shutil.copytree(trained() / "out", d / "out", dirs_exist_ok=True)
-            assert counts[file][1] > 0, counts
-    print(counts)
+    accepted, refusals = map(sum, zip(*counts.values()))
+    assert accepted and refusals, counts
 
 
 def on_a_file_system_of_its_own(mount, name, *flags, cwd):
@@ -3450,7 +3452,7 @@ def test_a_full_disk_is_one_line_and_the_earlier_results_stay():
     with copy_of_trained() as d:
         before = snapshot(d / "out")
         used = sum(-(-len(content) // 4096) * 4 for content in before.values())  # KB, in pages
-        for name, free in (("train_lora", 4), ("train_lora", 20), ("train_matcher", 8)):
+        for name, free in (("train_lora", 20), ("train_matcher", 8)):
             full = f"cp -r out before && mount -t tmpfs -o size={used + free}k none out && cp -r before/. out"
             status, lines = on_a_file_system_of_its_own(full, name, cwd=d)
             assert status == 2 and len(lines) == 1 and "No space left" in lines[0] and "older files are unharmed" in lines[0], (free, lines)
@@ -3467,20 +3469,18 @@ def test_a_file_that_may_not_grow_is_one_line_and_the_earlier_results_stay():
         raise Skip("needs ulimit")
     with copy_of_trained() as d:
         before = snapshot(d / "out")
-        for blocks in (1, 40):
-            limited = launch("sh", "-c", f"ulimit -f {blocks} && exec \"$@\"", "sh", *command("train_lora"), cwd=d, TMPDIR=d)
-            status, _, err = finish(limited)
-            assert status == 2 and "File too large" in err.splitlines()[-1] and "Traceback" not in err, err
-            assert snapshot(d / "out").keys() == before.keys() and snapshot(d / "out")["last_lora.safetensors"] == before["last_lora.safetensors"]
+        limited = launch("sh", "-c", "ulimit -f 40 && exec \"$@\"", "sh", *command("train_lora"), cwd=d)
+        status, _, err = finish(limited)
+        assert status == 2 and "File too large" in err.splitlines()[-1] and "Traceback" not in err, err
+        after = snapshot(d / "out")
+        assert after.keys() == before.keys() and after["last_lora.safetensors"] == before["last_lora.safetensors"]
 
 
 def test_a_folder_that_may_not_be_written_is_one_line():
     with copy_of_trained() as d:
         before = snapshot(d / "out")
-        for name in ("train_lora", "train_matcher"):
-            status, lines = on_a_file_system_of_its_own("mount --bind out out && mount -o remount,bind,ro out", name, cwd=d)
-            assert status == 2 and len(lines) == 1 and "Read-only file system" in lines[0] and "out" in lines[0], lines
-            shutil.rmtree(d / "after")
+        status, lines = on_a_file_system_of_its_own("mount --bind out out && mount -o remount,bind,ro out", "train_lora", cwd=d)
+        assert status == 2 and len(lines) == 1 and "Read-only file system" in lines[0] and "out" in lines[0], lines
         assert snapshot(d / "out") == before
         with unittest.mock.patch("os.replace", failing(PermissionError(errno.EACCES, "Permission denied", "out/lora"))):
             assert "Permission denied" in complaint("train_lora", cwd=d)
