@@ -1177,8 +1177,9 @@ class Processes:
         return out
 
 
-def digest_file(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def digest_file(*paths):
+    """A short name for the content of a file, or of several together."""
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def same_settings(now, then, path, free=()):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, read_json, read_safetensors, write_json, write_safetensors
+from data import UserError, digest_file, read_json, read_safetensors, write_json, write_safetensors
 from model import hf_keys
 
 
@@ -163,7 +163,8 @@ def _peft_names(model):
 
 
 def save(model, folder, base_model="", extra=None):
-    """Write the adapter alone, in PEFT's format. `extra`: our own settings, kept under the key "pillow"."""
+    """Write the adapter alone, in PEFT's format. `extra`: our own settings, kept under the key "pillow", with the digest of
+    the weights: two files cannot be renamed at once, and a kill in between must not pair those of two runs."""
     gpt2 = model.config.family == "gpt2"
     tensors = {}
     for name, theirs in _peft_names(model).items():
@@ -172,8 +173,9 @@ def save(model, folder, base_model="", extra=None):
         tensors[theirs + ".lora_B.weight"] = m.lora_B.detach().float().cpu().contiguous()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
               "bias": "none", "fan_in_fan_out": gpt2, "inference_mode": True, **model.lora_config}
-    write_safetensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_json(Path(folder) / "adapter_config.json", config | ({"pillow": extra} if extra else {}))
+    path = Path(folder) / "adapter_model.safetensors"
+    write_safetensors(path, tensors, {"format": "pt"})
+    write_json(Path(folder) / "adapter_config.json", config | ({"pillow": extra | {"weights": digest_file(path)}} if extra else {}))
 
 
 @contextlib.contextmanager
@@ -222,6 +224,9 @@ def load(model, folder):
             raise UserError(f"{folder / 'adapter_config.json'}: {key} = {str(value)[:20]!r} is not a usable number")
     path = folder / "adapter_model.safetensors"
     found = dict(read_safetensors(path))
+    ours = config.get("pillow")
+    if isinstance(ours, dict) and ours.get("weights") not in (None, digest_file(path)):
+        raise UserError(f"{folder}: adapter_config.json was not written with these weights; train the adapter again, or go on with --resume")
     inject(model, r, alpha, targets, dropout, bool(config.get("use_rslora")))
     for name, theirs in _peft_names(model).items():
         m = model.get_submodule(name)

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import (UserError, encode_query, query_text, read_checkpoint, read_json, read_safetensors, write_checkpoint,
+from data import (UserError, digest_file, encode_query, query_text, read_checkpoint, read_json, read_safetensors, write_checkpoint,
                   write_json, write_safetensors)
 
 STOP = -1  # in a sequence of picks: "no further exemplar"
@@ -162,8 +162,9 @@ class Matcher(nn.Module):
 
     def save(self, folder, settings):
         """matcher.safetensors (towers, feature mean and std) and config.json (`settings` say what it was made with)."""
-        write_safetensors(Path(folder) / "matcher.safetensors", {k: v.contiguous() for k, v in self.state_dict().items()})
-        write_json(Path(folder) / "config.json", {"matcher": self.settings, **settings})
+        path = Path(folder) / "matcher.safetensors"
+        write_safetensors(path, {k: v.contiguous() for k, v in self.state_dict().items()})
+        write_json(Path(folder) / "config.json", {"matcher": self.settings, "weights": digest_file(path), **settings})  # see lora.save
 
     @classmethod
     def load(cls, folder):
@@ -178,7 +179,7 @@ class Matcher(nn.Module):
             raise UserError(f"{folder / 'config.json'}: candidates = {candidates!r} is no number of candidates")
         matcher = cls(shape["C"], shape["hidden"], bool(shape.get("stop", True)), bool(shape.get("identity", True)), candidates)
         state, wanted = dict(read_safetensors(folder / "matcher.safetensors")), matcher.state_dict()
-        if set(state) != set(wanted) or any(state[k].shape != wanted[k].shape for k in wanted):
+        if set(state) != set(wanted) or any(state[k].shape != wanted[k].shape for k in wanted) or settings.get("weights") != digest_file(folder / "matcher.safetensors"):
             raise UserError(f"{folder / 'matcher.safetensors'}: its weights are not those that config.json describes")
         matcher.load_state_dict(state)
         return matcher, settings

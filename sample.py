@@ -88,7 +88,7 @@ def main():
     name = settings["model"] if args.model == p.get_default("model") else args.model
     device, dtype = setup(args)
     model, enc = GPT.from_pretrained(name, dtype, device), data.load_tokenizer(name)
-    adapter = data.digest_file(lora_folder / "adapter_model.safetensors")
+    adapter = data.digest_file(lora_folder / "adapter_model.safetensors", lora_folder / "adapter_config.json")
     if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; run python train_matcher.py again")
     with torch.no_grad():

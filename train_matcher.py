@@ -147,7 +147,7 @@ def main():
     h_pool, h_train, h_val, h_test = h.split([len(pool), len(train), len(val), len(test)])
     lora.load(model, lora_folder)
     lora.merge(model, keep_base=False)  # rollouts run at the speed of the plain model
-    adapter = data.digest_file(lora_folder / "adapter_model.safetensors")
+    adapter = data.digest_file(lora_folder / "adapter_model.safetensors", lora_folder / "adapter_config.json")
     env = rl.Environment(model, enc, pool, args.max_new_tokens, f"{model.fingerprint} {adapter} {dtype}", args.memo, cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
 
     folder, state_path = args.out / "matcher", args.out / "last_matcher.safetensors"
