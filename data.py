@@ -137,7 +137,7 @@ def write_json(path, obj):
         temp.write_text(text + "\n", encoding="utf-8")
 
 
-def read_text(path, limit=64 << 20):
+def read_text(path, limit=40 << 20):
     """The text of a UTF-8 file (byte-order mark dropped) of at most `limit` bytes, or UserError."""
     path = Path(path)
     try:
@@ -192,7 +192,7 @@ def parse_json(text, where):
         raise UserError(f"{where}: no usable JSON: {error}") from None
 
 
-def read_json(path, kind=None, limit=64 << 20):
+def read_json(path, kind=None, limit=40 << 20):
     """The content of a JSON file, checked as read_text and parse_json say, and that it is of `kind` (dict, list)."""
     content = parse_json(read_text(path, limit), path)
     if kind and not isinstance(content, kind):

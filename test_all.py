@@ -3120,6 +3120,12 @@ def test_zero_steps_compare_the_untrained_matcher():
         assert set(metrics) == set(SELECTORS)
 
 
+def test_a_stop_prior_makes_the_untrained_policy_stop():
+    with copy_of_trained("matcher") as d:
+        assert script("train_matcher", "--steps", 0, "--candidates", 4, "--stop_prior", 0.9, cwd=d)[0] == 0
+        assert data.read_json(d / "out" / "results.json")["collapse"]["none"] >= 0.5  # 0.9 for the median question
+
+
 def test_a_pool_of_ones_own_is_used_and_a_question_never_meets_its_own_answer():
     with copy_of_trained() as d:
         test = data.split(data.load_examples(d / "my.jsonl"))["test"]
