@@ -94,7 +94,6 @@ def main():
     p.add_argument("--max_tokens", type=data.number(int, 8), default=256, help="longest question + answer that is kept")
     p.add_argument("--eval_every", type=data.number(int, 1), default=32, help="steps between held-out losses and checkpoints")
     p.add_argument("--full", action="store_true", help="train every weight instead of an adapter; saved as a model folder in out/full")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler; pays from some minutes of training on)")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.share_nearest + args.share_random > 1:
@@ -149,9 +148,6 @@ def main():
     # Small updates to a bfloat16 weight are rounded away, so the optimiser owns float32 copies of such weights.
     masters = [t if t.dtype == torch.float32 else t.detach().float().requires_grad_() for t in trainable]
     optimizer = torch.optim.AdamW(masters, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95) if args.full else (0.9, 0.999), fused=True)
-    if args.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)
 
     step, best, log = 0, float("inf"), []
     if args.resume and (saved := data.read_checkpoint(state_path, step=int, log=list, settings=dict)):
