@@ -1189,6 +1189,12 @@ def same_settings(now, then, path, free=()):
             raise UserError(f"--resume: {path} was made with {k} = {then.get(k)!r}, not {v!r}")
 
 
+def halted(step, what, questions, checkpoint):
+    """The line for a run that cannot go on: the step, what happened, whose questions, and the checkpoint to go back to."""
+    last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+    return f"step {step}: {what}. Batch: {'; '.join(q['instruction'][:40] for q in questions[:3])} ... {last}"
+
+
 def peak_memory():
     """Peak memory of this process so far, in MB; None where the platform does not tell."""
     with contextlib.suppress(OSError):  # Linux: getrusage would count the parent's memory at the fork, too

@@ -115,7 +115,8 @@ class Environment:
                     with contextlib.suppress(data.UserError, TypeError, ValueError):
                         key, outcome, *cut = data.parse_json(line, self.memo_path)
                         self.memo[key] = outcome
-                        self.cut |= {key} if cut else set()
+                        if cut:
+                            self.cut.add(key)
                 f.write("" if line.endswith("\n") else "\n")
         except OSError as error:
             raise data.UserError(f"--memo {self.memo_path}: {error.strerror}") from None
@@ -167,7 +168,8 @@ class Environment:
                 if kind == "logprob" and not np.isfinite(outcome):
                     raise FloatingPointError(f"the reward of {queries[i]['instruction']!r} behind exemplars {picks[i]} is {outcome}")
                 self.memo[keys[i]] = outcome
-                self.cut |= {keys[i]} if cut else set()
+                if cut:
+                    self.cut.add(keys[i])
             if self.memo_path and self.ddp.rank == 0:
                 with open(self.memo_path, "a", encoding="utf-8") as f:
                     f.writelines(json.dumps([keys[i], self.memo[keys[i]]] + [True] * (keys[i] in self.cut)) + "\n" for i in everyone)

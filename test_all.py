@@ -3701,7 +3701,7 @@ def bench(parts=()):
     mine = ours()
     for n in (1, 4, 16, 64, 128):
         race(f"rollouts, batch {n}, 16 new tokens, nothing cached", "rollouts/s", n, lambda: mine.generate((prompts * 2)[:n], 16, eos_ids=(), batch_size=n), rounds=3)
-    tower, optimizer = matcher.Matcher(576), None
+    tower = matcher.Matcher(576)
     for n in (100, 1_000, 10_000, 100_000):
         h_pool = torch.randn(n, 576)
         with torch.no_grad():

@@ -193,9 +193,7 @@ def main():
         data.write_lines(args.out / "log_lora.jsonl", log)
 
     def stopped(what):
-        some = "; ".join(train[i]["instruction"][:40] for i in batches[step][:3])
-        last = f"the last good checkpoint is {state_path}" if state_path.exists() else "there is no checkpoint yet"
-        return data.UserError(f"step {step}: {what}. Batch: {some} ... {last}; try a smaller --lr")
+        return data.UserError(data.halted(step, what, [train[i] for i in batches[step]], state_path) + "; try a smaller --lr")
 
     # ---- loop --------------------------------------------------------------------------------------
     interrupt = data.Interrupt()

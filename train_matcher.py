@@ -174,17 +174,13 @@ def main():
             matcher.expect_stop(args.stop_prior, h_train[:512], prompts, forbidden=mask, candidates=limit(matcher, h_train[:512], prompts, mask))
     step, best, log = 0, -np.inf, []
 
-    def stopped(error, questions):
-        last = f"the last good checkpoint is {state_path}" if state_path.exists() else "there is no checkpoint yet"
-        return data.UserError(f"step {step}: {error}. Batch: {'; '.join(q['instruction'][:40] for q in questions[:3])} ... {last}")
-
     def validate():
         """Greedy on validation questions, whose houses (for styles) neither the LoRA nor the matcher ever trained on."""
         picks = choose_greedily(matcher, h_val, h_pool[:sizes["val"]], mask_val, args.shots)
         try:
             return float(env.score(weights, val, picks).mean()), rl.collapse_figures(picks, sizes["val"])
         except FloatingPointError as e:
-            raise stopped(e, val) from None
+            raise data.UserError(data.halted(step, e, val, state_path)) from None
 
     def checkpoint():
         names = [k for k, _ in matcher.named_parameters()]
@@ -210,11 +206,10 @@ def main():
         step = args.steps
         if saved := data.read_checkpoint(state_path, asked=list):
             env.asked = set(map(str, saved[1]["asked"]))
-
     elif step == 0:
         best, figures = validate()
         log.append({"step": 0, "held_out": best, **figures, "calls": len(env.asked), "seconds": round(time.perf_counter() - start, 1)})
-        print(f"step    0  held-out {best:.3f} (nearest neighbour, as it starts)")
+        print(f"step    0  held-out {best:.3f} (untrained)")
         if ddp.rank == 0:
             data.write_json(folder / "pool.json", pool)
             matcher.save(folder, settings)
@@ -236,7 +231,7 @@ def main():
             row = rl.reinforce_step(matcher, optimizer, h_pool[:n], h_train[rows], picks.view(B, K, -1), rewards,
                                     args.entropy_floor, args.entropy_weight, limits)
         except FloatingPointError as e:
-            raise stopped(e, queries[::K]) from None
+            raise data.UserError(data.halted(step, e, queries[::K], state_path)) from None
         row |= {"step": step + 1, "lr": args.lr, "calls": len(env.asked), **rl.collapse_figures(as_lists(picks), n), "seconds": round(time.perf_counter() - start, 1)}
         log.append(row)
         step += 1
@@ -301,11 +296,12 @@ def main():
         return {f"{a}-{b}": rl.bootstrap(scores[a][metric] - scores[b][metric]) for a, b in pairs}
 
     head = {s: v[headline] for s, v in scores.items()}
-    paired = against_all(headline)
+    paired_by_metric = {m: against_all(m) for m in metrics}
+    paired = paired_by_metric[headline]
     gap = head["oracle"].mean() - head["none"].mean()
     results = {"model": name, "data": made["data"], "n_test": len(test), "shots": args.shots, "seed": args.seed, "headline": headline,
                "metrics": {s: {m: float(a.mean()) for m, a in v.items()} for s, v in scores.items()}, "paired": paired,
-               "paired_by_metric": {m: against_all(m) for m in metrics}, "examples": {"read": len(examples), "kept": len(short), "max_tokens": made["max_tokens"]},
+               "paired_by_metric": paired_by_metric, "examples": {"read": len(examples), "kept": len(short), "max_tokens": made["max_tokens"]},
                "gap_closed": float((head["pillow"].mean() - head["none"].mean()) / gap) if gap else None, "llm_calls": calls, "swapped_pool": swapped,
                "seconds": {"train": round(train_seconds, 1), "all": round(time.perf_counter() - start, 1)},
                "collapse": rl.collapse_figures(chosen["pillow"], len(pool)), "cut_answers": len(env.cut & env.asked),
