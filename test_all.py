@@ -3111,6 +3111,17 @@ def test_eval_only_repeats_the_comparison_and_changes_no_matcher():
         assert made_by_matcher(d) == made_by_matcher(trained()) and snapshot(d / "out" / "matcher") == before
 
 
+def test_fewer_questions_are_answered_than_have_their_likelihood_measured():
+    with copy_of_trained("results.json") as d:
+        status, out, err = script("train_matcher", "--eval_only", "--n_answers", 5, "--cache_gb", 1e-6, "--memo", "memo.jsonl", cwd=d)
+        assert status == 0 and "12 test questions (5 of them answered in words)" in out and "--cache_gb 1 is faster" in out, err
+        few, all_ = (data.read_json(folder / "out" / "results.json") for folder in (d, trained()))
+        assert (few["n_answers"], few["n_test"], all_["n_answers"]) == (5, 12, 12)
+        assert all(abs(few["metrics"][s]["logprob"] - all_["metrics"][s]["logprob"]) < 1e-5 for s in SELECTORS)
+        answers = [row[1] for row in lines_of(d / "memo.jsonl") if isinstance(row[1], str)]
+        assert 5 <= len(answers) <= 5 * len(SELECTORS)
+
+
 def test_zero_steps_compare_the_untrained_matcher():
     """Nothing trained: with cosines all positive and one shot, pillow is nearest neighbour."""
     with copy_of_trained("matcher") as d:

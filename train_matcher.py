@@ -13,6 +13,7 @@ checkpoint kept is the one with the best greedy reward on validation questions; 
 opened once, at the end, for all selectors together.
 """
 
+import math
 import time
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def main():
     p.add_argument("--n_train", type=data.number(int, 1), help="use only so many matcher-train questions")
     p.add_argument("--n_val", type=data.number(int, 1), default=96, help="validation questions, at most")
     p.add_argument("--n_test", type=data.number(int, 1), default=800, help="test questions, at most")
+    p.add_argument("--n_answers", type=data.number(int, 1), default=800, help="of these, how many count for ROUGE-L and exact match when the likelihood decides: answering takes longest")
     p.add_argument("--oracle", type=data.number(int, 0), default=4, help="the oracle tries so many nearest exemplars for each question, and every other selector's choice")
     p.add_argument("--cache_gb", type=data.number(float, 0), default=1.0, help="memory for the exemplars' keys and values (0.02 MB a token for the default model)")
     p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
@@ -150,6 +152,11 @@ def main():
     adapter = data.digest_file(lora_folder / "adapter_model.safetensors", lora_folder / "adapter_config.json")
     env = rl.Environment(model, enc, pool, args.max_new_tokens, f"{model.fingerprint} {adapter} {dtype}", args.memo, cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
 
+    c, tokens = model.config, sum(map(len, env.prefix_cache.entries))
+    whole = 2 * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize * tokens / 2**30
+    if whole > args.cache_gb and ddp.rank == 0:
+        print(f"keys and values of the whole pool take {whole:.1f} GB, --cache_gb holds {args.cache_gb:g}: many may be worked out again and again; --cache_gb {math.ceil(whole)} is faster where memory allows")
+
     folder, state_path = args.out / "matcher", args.out / "last_matcher.safetensors"
     settings = {k: str(v) if k in ("out", "pool") else v for k, v in vars(args).items() if k not in ("resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")}
     settings |= {"model": name, "data": made["data"], "lora_seed": made["seed"], "reward": weights, "fingerprint": model.fingerprint,
@@ -192,7 +199,7 @@ def main():
 
     if args.resume and (saved := data.read_checkpoint(state_path, step=int, best=float, log=list, settings=dict, asked=list, cut=list, memo=dict)):
         tensors, saved = saved
-        data.same_settings(settings, saved["settings"], state_path, free=("steps", "n_test", "oracle"))
+        data.same_settings(settings, saved["settings"], state_path, free=("steps", "n_test", "n_answers", "oracle"))
         step, best, log = saved["step"], saved["best"], saved["log"]
         with data.fitting(state_path):
             env.asked, env.memo, env.cut = set(saved["asked"]), env.memo | saved["memo"], env.cut | set(saved["cut"])
@@ -264,13 +271,14 @@ def main():
     mask = forbidden(test, asking, len(pool))
     chosen = choose_all(matcher, pool, test, h_pool, h_test, mask, args.shots, fixed, args.seed)
     scores = {}  # {selector: {metric: (N,) array}}
-    metrics = ["exact", "rouge"] + ["logprob"] * (headline == "logprob")
+    answered = min(args.n_answers, len(test)) if headline == "logprob" else len(test)
+    metrics = {"exact": answered, "rouge": answered} | ({"logprob": len(test)} if headline == "logprob" else {})  # questions each is measured on
 
-    def measure(picks, what):
-        return {m: env.score({m: 1.0}, test, picks, f"test: {what}") for m in metrics}
+    def measure(env, picks, what):
+        return {m: env.score({m: 1.0}, test[:n], picks[:n], f"test: {what}") for m, n in metrics.items()}
 
     for selector, picks in chosen.items():
-        scores[selector] = measure(picks, selector)
+        scores[selector] = measure(env, picks, selector)
     swapped = {}
     if sizes["val"] < len(pool):  # PILLOW's promise: another pool, nothing retrained. Here, one with no exemplar ever seen
         new = slice(sizes["val"], None)
@@ -285,10 +293,10 @@ def main():
     flat = env.score({headline: 1.0}, [q for q, t in zip(test, tries) for _ in t], [ps for t in tries for ps in t], "oracle")
     ends = np.cumsum([len(t) for t in tries])
     chosen["oracle"] = [t[int(np.argmax(flat[e - len(t):e]))] for t, e in zip(tries, ends)]
-    scores["oracle"] = measure(chosen["oracle"], "oracle")
+    scores["oracle"] = measure(env, chosen["oracle"], "oracle")
     if args.sft:
         env_sft = rl.Environment(sft, enc, [], args.max_new_tokens, f"{sft.fingerprint} {dtype}", args.memo, ddp=ddp)
-        scores["sft"] = {m: env_sft.score({m: 1.0}, test, [[] for _ in test], "sft") for m in metrics}
+        scores["sft"] = measure(env_sft, [[] for _ in test], "sft")
 
     def against_all(metric):
         """Paired differences with their intervals: pillow minus every other selector, and nearest neighbour minus none."""
@@ -299,7 +307,7 @@ def main():
     paired_by_metric = {m: against_all(m) for m in metrics}
     paired = paired_by_metric[headline]
     gap = head["oracle"].mean() - head["none"].mean()
-    results = {"model": name, "data": made["data"], "n_test": len(test), "shots": args.shots, "seed": args.seed, "headline": headline,
+    results = {"model": name, "data": made["data"], "n_test": len(test), "n_answers": answered, "shots": args.shots, "seed": args.seed, "headline": headline,
                "metrics": {s: {m: float(a.mean()) for m, a in v.items()} for s, v in scores.items()}, "paired": paired,
                "paired_by_metric": paired_by_metric, "examples": {"read": len(examples), "kept": len(short), "max_tokens": made["max_tokens"]},
                "gap_closed": float((head["pillow"].mean() - head["none"].mean()) / gap) if gap else None, "llm_calls": calls, "swapped_pool": swapped,
@@ -309,7 +317,7 @@ def main():
                "empty_references": sum(not e["output"] for e in test), "n_pool": len(pool), "n_matcher_train": len(train),
                "peak_memory_mb": data.peak_memory(), "dtype": str(dtype), "settings": settings}
     if ddp.rank == 0:
-        print(f"\n{len(test)} test questions, pool of {len(pool)}, {calls:,} distinct LLM calls to train, {train_seconds / 60:.1f} min")
+        print(f"\n{len(test)} test questions{f' ({answered} of them answered in words)' if answered < len(test) else ''}, pool of {len(pool)}, {calls:,} distinct LLM calls to train, {train_seconds / 60:.1f} min")
         print(f"{'selector':10s}" + "".join(f"{m:>10s}" for m in metrics) + f"   pillow minus it ({headline}, 95 % interval)")
         for s, v in results["metrics"].items():
             against = paired.get(f"pillow-{s}")
