@@ -3,12 +3,15 @@ The matching network: which exemplars of the pool should stand in front of this 
 
 PILLOW (Qi et al. 2023) has two small MLPs, one for the query and one for the pool's prompts; the dot
 product of their outputs, over the pool, is a distribution. Here, with h(.) the language model's mean-pooled
-final hidden state, standardised by the pool's mean and std:
+final hidden state of a question and l(.) the log of an exemplar's answer length, standardised over the pool:
 
     state s_t = (query x, exemplars chosen so far)
-    u   = unit( h(x) + MLP_q[h(x), mean of chosen h] )           query tower   (C,)
-    v_j = unit( h(p_j) + MLP_p[h(p_j)] )                         prompt tower  (n, C)
+    u              = unit( h(x) + MLP_q[h(x), mean of chosen h] )          query tower   (C,)
+    v_j, quality_j = unit( h(p_j) + MLP_p[h(p_j), 10 l(p_j)] ), MLP_p      prompt tower  (n, C), (n,)
     pi(j | s_t) = softmax over what is left of  exp(tau) (<u, v_j> + quality_j),  and *stop* beside them
+
+l is ours: on Dolly it told more about which exemplar helps than the questions' features did (README, "Real
+data"). It counts tenfold, or one channel among hundreds would hardly be heard in the steps a run affords.
 
 Both MLPs end in zeros, so before any training the matcher *is* cosine nearest neighbour and learning can
 only bend it (ours; ordinary initialisation, `identity=False`, has to find even that by trial and error).
@@ -36,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import (UserError, digest_file, encode_query, query_text, read_checkpoint, read_json, read_safetensors, write_checkpoint,
+from data import (UserError, digest_file, encode_answer, encode_query, query_text, read_checkpoint, read_json, read_safetensors, write_checkpoint,
                   write_json, write_safetensors)
 
 STOP = -1  # in a sequence of picks: "no further exemplar"
@@ -53,29 +56,31 @@ class Matcher(nn.Module):
         self.settings = {"C": C, "hidden": hidden, "stop": stop, "identity": identity, "candidates": candidates}
         self.candidates = candidates
         self.query_mlp = nn.Sequential(nn.Linear(2 * C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))  # +1: stop
-        self.prompt_mlp = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))  # +1: quality
+        self.prompt_mlp = nn.Sequential(nn.Linear(C + 1, hidden), nn.GELU(), nn.Linear(hidden, C + 1))  # +1: length; quality
         if identity:
             for mlp in (self.query_mlp, self.prompt_mlp):
                 nn.init.zeros_(mlp[-1].weight)
                 nn.init.zeros_(mlp[-1].bias)
         self.tau = nn.Parameter(torch.tensor(float(tau)))
         self.identity, self.stop = identity, stop
-        self.register_buffer("mean", torch.zeros(C))
-        self.register_buffer("std", torch.ones(C))
+        self.register_buffer("mean", torch.zeros(C + 1))
+        self.register_buffer("std", torch.ones(C + 1))
 
     def standardise(self, pool_features):
-        """Take mean and std from the pool (n, C). A channel that never varies keeps scale 1."""
+        """Take mean and std from the pool (n, C + 1). A channel that never varies keeps scale 1."""
         self.mean.copy_(pool_features.mean(0))
         std = pool_features.std(0, correction=0)
         self.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
     def z(self, features):
-        return (features - self.mean) / self.std
+        """Standardised features of questions: (N, C), or an exemplar's (N, C + 1) -> (N, C)."""
+        C = self.settings["C"]
+        return (features[:, :C] - self.mean[:C]) / self.std[:C]
 
     def prompts(self, features):
-        """Pool features (n, C) -> v (n, C) unit vectors, quality (n,), z (n, C): what every query meets."""
-        z = self.z(features)
-        out = self.prompt_mlp(z)  # (n, C + 1)
+        """Pool features (n, C + 1) -> v (n, C) unit vectors, quality (n,), z (n, C): what every query meets."""
+        z, length = self.z(features), (features[:, -1:] - self.mean[-1]) / self.std[-1]
+        out = self.prompt_mlp(torch.cat([z, 10 * length], -1))  # (n, C + 1)
         v = F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1)
         if len(v) >= 1 << 14 and not torch.is_grad_enabled():
             v = v.t().contiguous().t()  # laid out channel by channel, one query's product with it takes half the time
@@ -219,6 +224,12 @@ def cached_features(model, enc, examples, what, cache="cache"):
         bar.update(len(rows))
     bar.close()
     return torch.stack([parts[known[k][0]][known[k][1]] for k in keys])
+
+
+def pool_features(enc, pool, h):
+    """What the prompt tower sees of exemplars: h (n, C) of their questions and the log of their answers' tokens: (n, C + 1)."""
+    tokens = torch.tensor([len(encode_answer(enc, e)) for e in pool])  # with the end token, so at least 1
+    return torch.cat([h, tokens[:, None].log()], 1)
 
 
 def rows_at_once(pool):

@@ -18,7 +18,7 @@ import torch
 import data
 import lora
 import rl
-from matcher import BM25, Matcher, cached_features, select_nearest
+from matcher import BM25, Matcher, cached_features, pool_features, select_nearest
 from model import GPT, setup
 from train_matcher import as_lists, askers, forbidden, limit
 
@@ -92,7 +92,7 @@ def main():
     if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; run python train_matcher.py again")
     with torch.no_grad():
-        keys = matcher.prompts(cached_features(model, enc, pool, "the pool"))
+        keys = matcher.prompts(pool_features(enc, pool, cached_features(model, enc, pool, "the pool")))
     for module in model.modules():
         module.packing = False  # the weights change twice a question (see `ask`): to pack them anew takes longer than it saves
     lora.load(model, lora_folder)

@@ -1932,10 +1932,10 @@ def float64():
 
 
 def random_matcher(C=4, n=4, B=1, seed=0, **kwargs):
-    """A matcher far from where it starts, pool features (n, C) that it is standardised on, queries (B, C)."""
+    """A matcher far from where it starts, pool features (n, C + 1) that it is standardised on, queries (B, C)."""
     rng = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=rng)
-    m, pool, query = matcher.Matcher(C, 6, **kwargs), 2 + 3 * draw(n, C), 2 + 3 * draw(B, C)
+    m, pool, query = matcher.Matcher(C, 6, **kwargs), 2 + 3 * draw(n, C + 1), 2 + 3 * draw(B, C)
     for p in m.parameters():
         p.data = torch.tensor(0.4) if p.ndim == 0 else 0.7 * draw(*p.shape)
     m.standardise(pool)
@@ -1951,13 +1951,15 @@ def mlp(layers, x):
 def by_hand(m, pool, query, picks, allowed):
     """Probability of each action after `picks`, {index or STOP: p}, straight from the formulas at the top of matcher.py."""
     unit = lambda x: x / np.linalg.norm(x)
-    z = lambda x: (x.numpy() - m.mean.numpy()) / m.std.numpy()
+    C = len(query)
+    z = lambda x: (x[:C].numpy() - m.mean[:C].numpy()) / m.std[:C].numpy()
+    length = lambda x: (x[C:].numpy() - m.mean[C:].numpy()) / m.std[C:].numpy()
     own = 1.0 if m.identity else 0.0
     context = np.mean([z(pool[j]) for j in picks], 0) if picks else 0 * z(query)
     out = mlp(m.query_mlp, np.concatenate([z(query), context]))
     u, weights = unit(own * z(query) + out[:-1]), {}
     for j in set(range(len(pool))) & set(allowed) - set(picks):
-        v = mlp(m.prompt_mlp, z(pool[j]))
+        v = mlp(m.prompt_mlp, np.concatenate([z(pool[j]), 10 * length(pool[j])]))
         weights[j] = math.exp(math.exp(m.tau) * (u @ unit(own * z(pool[j]) + v[:-1]) + v[-1]))
     if m.stop or not weights:
         weights[matcher.STOP] = math.exp(math.exp(m.tau) * out[-1])
@@ -2082,12 +2084,12 @@ def test_the_policys_gradient_is_that_of_finite_differences():
 def test_an_untrained_matcher_is_cosine_nearest_neighbour():
     rng = torch.Generator().manual_seed(0)
     pool, query = 5 + 2 * torch.randn(30, 16, generator=rng), 5 + 2 * torch.randn(40, 16, generator=rng)
-    m = matcher.Matcher(16)
-    m.standardise(pool)
+    m, lengths = matcher.Matcher(16), torch.rand(30, 1, generator=rng)
+    m.standardise(torch.cat([pool, lengths], 1))
     z_pool, z = (pool - pool.mean(0)) / pool.std(0, correction=0), (query - pool.mean(0)) / pool.std(0, correction=0)
     cosine = torch.tensor([[a @ b / (a.norm() * b.norm()) for b in z_pool] for a in z])
     with torch.no_grad():
-        picks, _ = m.act(query, m.prompts(pool), 1)
+        picks, _ = m.act(query, m.prompts(torch.cat([pool, lengths], 1)), 1)
     best, value = cosine.argmax(1), cosine.max(1).values
     assert (value > 0).all()  # stop stands at similarity 0
     assert picks[:, 0].tolist() == best.tolist()
@@ -2095,9 +2097,28 @@ def test_an_untrained_matcher_is_cosine_nearest_neighbour():
 
 
 def test_a_feature_that_never_varies_does_no_harm():
-    m, pool = matcher.Matcher(3), torch.tensor([[1.0, 2, 5], [3, 2, 6], [1, 2, 9]])
+    m, pool = matcher.Matcher(3), torch.tensor([[1.0, 2, 5, 4], [3, 2, 6, 4], [1, 2, 9, 4]])
     m.standardise(pool)
     assert torch.isfinite(m.z(pool)).all() and m.std[1] == 1 and not m.z(pool)[:, 1].any()
+    assert m.std[3] == 1 and torch.isfinite(m.prompts(pool)[0]).all()
+
+
+def test_the_matcher_sees_how_long_an_exemplars_answer_is():
+    """Two exemplars that ask alike: one update can already tell them apart by their answers' lengths."""
+    pool = matcher.pool_features(encoding(), [{"instruction": "q", "input": "", "output": a} for a in ("", "a b c d e f g")], torch.ones(2, 4))
+    tokens = [len(data.encode_answer(encoding(), {"output": a})) for a in ("", "a b c d e f g")]
+    close(pool[:, 4], np.log(tokens), 1e-6)
+    assert tokens[0] == 1 and torch.equal(pool[:, :4], torch.ones(2, 4))
+    torch.manual_seed(0)
+    m, query, picks = matcher.Matcher(4, 16), torch.ones(8, 4), torch.tensor([[[0], [1]]]).repeat(8, 1, 1)
+    m.standardise(pool)
+    optimizer, chance = torch.optim.Adam(m.parameters(), 1e-3), []
+    for _ in range(2):
+        with torch.no_grad():
+            chance.append(m.logits(query, m.prompts(pool), picks[:, 0, :0])[0, :2].softmax(-1))
+        rl.reinforce_step(m, optimizer, pool, query, picks, torch.tensor([[0.0, 1.0]]).expand(8, -1), 0.0, 0.0, {})
+    close(chance[0], [0.5, 0.5], 1e-6)
+    assert chance[1][1] > 0.5
 
 
 def test_a_saved_matcher_is_the_same_matcher():
@@ -2535,7 +2556,7 @@ def test_the_entropy_bonus_acts_below_its_floor_only():
 
 def test_a_large_pool_is_laid_out_by_channel_and_chosen_from_alike():
     torch.manual_seed(0)
-    m, pool, query = matcher.Matcher(8, 16), torch.randn(1 << 14, 8), torch.randn(20, 8)
+    m, pool, query = matcher.Matcher(8, 16), torch.randn(1 << 14, 9), torch.randn(20, 8)
     with torch.no_grad():
         v, quality, z = m.prompts(pool)
         assert v.stride() == (1, len(pool))
@@ -2547,7 +2568,7 @@ def test_a_large_pool_is_laid_out_by_channel_and_chosen_from_alike():
 
 def test_the_stop_prior_is_the_median_querys_chance_of_stopping():
     torch.manual_seed(0)
-    m, pool, query = matcher.Matcher(8, 16), torch.randn(30, 8), torch.randn(21, 8)
+    m, pool, query = matcher.Matcher(8, 16), torch.randn(30, 9), torch.randn(21, 8)
     few = torch.rand(21, 30) < 0.5
     for p, limits in ((0.2, {}), (0.05, {"candidates": few})):
         m.expect_stop(p, query, m.prompts(pool), **limits)
@@ -2559,8 +2580,8 @@ def test_the_stop_prior_is_the_median_querys_chance_of_stopping():
 def test_reinforce_learns_which_exemplar_pays():
     """The nearest exemplar is worth nothing, another one everything; and where none pays, to stop."""
     torch.manual_seed(0)
-    pool, query = torch.eye(4), torch.eye(4)[:2] + 0.1
-    m = matcher.Matcher(4, 16)
+    pool, query = torch.cat([torch.eye(4), torch.ones(4, 1)], 1), torch.eye(4)[:2] + 0.1
+    m = matcher.Matcher(4, 16, tau=1.0)  # flat enough to try everything
     m.standardise(pool)
     optimizer, rng = torch.optim.Adam(m.parameters(), 0.02), torch.Generator().manual_seed(0)
     paying = torch.tensor([3, matcher.STOP])
@@ -3185,6 +3206,8 @@ def test_sample_asks_the_matcher_as_training_did():
         pool = data.load_examples(d / "out/matcher/pool.json")
         with torch.no_grad():
             h_pool = base.features([data.encode_query(encoding(), e) for e in pool])
+            tokens = torch.tensor([float(len(data.encode_answer(encoding(), e))) for e in pool])
+            h_pool = torch.cat([h_pool, tokens.log()[:, None]], 1)
             picks, probs = policy.act(want, policy.prompts(h_pool), settings["shots"])
         for p, chance in zip(picks[0].tolist(), probs[0].tolist()):
             assert p == matcher.STOP or f"{pool[p]['instruction']} | {pool[p]['input']} -> {pool[p]['output']}  p = {chance:.2f}" in out
@@ -3714,12 +3737,12 @@ def bench(parts=()):
         race(f"rollouts, batch {n}, 16 new tokens, nothing cached", "rollouts/s", n, lambda: mine.generate((prompts * 2)[:n], 16, eos_ids=(), batch_size=n), rounds=3)
     tower = matcher.Matcher(576)
     for n in (100, 1_000, 10_000, 100_000):
-        h_pool = torch.randn(n, 576)
+        h_pool = torch.randn(n, 577)
         with torch.no_grad():
             keys = tower.prompts(h_pool)
             race(f"choosing one exemplar of {n:,}", "choices/s", 1, lambda: tower.act(torch.randn(1, 576), keys, 1), rounds=21)
     for n, shots in ((200, 1), (200, 2), (200, 3), (2_000, 1), (2_000, 3), (20_000, 1)):
-        h_pool, tower = torch.randn(n, 576), matcher.Matcher(576)
+        h_pool, tower = torch.randn(n, 577), matcher.Matcher(576)
         optimizer = torch.optim.Adam(tower.parameters())
         query, rewards = torch.randn(16, 576), torch.rand(16, 4, dtype=torch.float64)
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data
 import lora
 import rl
-from matcher import BM25, STOP, Matcher, cached_features, nearest, rows_at_once, select_nearest, select_none, select_random
+from matcher import BM25, STOP, Matcher, cached_features, nearest, pool_features, rows_at_once, select_nearest, select_none, select_random
 from model import GPT, setup
 
 
@@ -147,6 +147,7 @@ def main():
     everything = pool + train + val + test
     h = cached_features(model, enc, everything, "pool and questions")
     h_pool, h_train, h_val, h_test = h.split([len(pool), len(train), len(val), len(test)])
+    h_pool = pool_features(enc, pool, h_pool)
     lora.load(model, lora_folder)
     lora.merge(model, keep_base=False)  # rollouts run at the speed of the plain model
     adapter = data.digest_file(lora_folder / "adapter_model.safetensors", lora_folder / "adapter_config.json")
