@@ -1938,6 +1938,7 @@ def random_matcher(C=4, n=4, B=1, seed=0, **kwargs):
     m, pool, query = matcher.Matcher(C, 6, **kwargs), 2 + 3 * draw(n, C + 1), 2 + 3 * draw(B, C)
     for p in m.parameters():
         p.data = torch.tensor(0.4) if p.ndim == 0 else 0.7 * draw(*p.shape)
+    m.prompt_mlp[0].weight.data[:, -1] /= 10  # the length's, which counts tenfold: no policy should hang on it alone
     m.standardise(pool)
     return m, pool, query
 
@@ -2516,7 +2517,7 @@ def test_the_expected_update_is_the_exact_gradient_of_the_expected_reward():
     """Every pair and every triple of rollouts of a small policy, weighted with their probability: the baseline adds no bias."""
     for shots, K in ((1, 2), (1, 3), (2, 2)):
         with float64():
-            m, pool, query = random_matcher(n=2)
+            m, pool, query = random_matcher(n=2, seed=2)
             episodes = every_episode(m, pool, query[0], shots, range(2))
             rewards = [0.001 * (1 + i * i) for i in range(len(episodes))]  # small: the gradient is not clipped
             expected = {name: torch.zeros_like(p) for name, p in m.named_parameters()}

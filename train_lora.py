@@ -81,7 +81,7 @@ def main():
     p.add_argument("--data", default="styles", help="styles, alpaca, dolly, or a JSON / JSONL file in Alpaca's or Dolly's format")
     p.add_argument("--steps", type=data.number(int, 1), default=64, help="optimiser steps")
     p.add_argument("--batch_size", type=data.number(int, 1), default=8, help="examples per step, over all processes")
-    p.add_argument("--lr", type=data.number(float, 0), default=2e-3, help="peak learning rate (try 1e-5 with --full)")
+    p.add_argument("--lr", type=data.number(float, 0), default=2e-3, help="peak learning rate (try 1e-4 with --full)")
     p.add_argument("--warmup", type=data.number(float, 0, 1), default=0.1, help="share of the steps in which the learning rate rises; then a cosine to a tenth of it")
     p.add_argument("--weight_decay", type=data.number(float, 0), default=0.0, help="AdamW's")
     p.add_argument("--rank", type=data.number(int, 1), default=8, help="r, the adapter's rank")

@@ -246,7 +246,7 @@ def main():
         bar.set_postfix_str(f"reward {row['reward']:.3f}, entropy {row['entropy']:.2f}, {row['calls']} calls")
         if step % args.eval_every == 0 or step == args.steps:
             row["held_out"], figures = validate()
-            row["held_out_figures"] = figures
+            row |= {"held_out_figures": figures, "calls": len(env.asked)}  # validation asks, too
             better = row["held_out"] > best
             best = max(best, row["held_out"])
             if ddp.rank == 0:
