@@ -471,7 +471,7 @@ def test_a_model_is_a_folder_a_short_name_or_a_hub_id():
         assert "config.json" in refused(data.resolve_model, d)
         (d / "config.json").write_text("{}")
         assert data.resolve_model(str(d)) == d
-        for name in ("smollm", "", "../x", "a/b/c", "a/../b", "/etc/x", "a/b@", "x" * 300, "a/" + "b" * 300, "a\\b"):
+        for name in ("smollm", "", "../no-such-folder/x", "a/b/c", "a/../b", "/etc/x", "a/b@", "x" * 300, "a/" + "b" * 300, "a\\b"):
             assert "smollm2-135m" in refused(data.resolve_model, name, cache=d)
 
 
@@ -2211,7 +2211,7 @@ def test_many_questions_meet_a_large_pool_some_at_a_time():
     mask = train_matcher.forbidden(asked[50:], train_matcher.askers(asked[:50]), 50)
     assert mask.nonzero().tolist() == [[b, b - 10] for b in range(10, 20)]
     assert not train_matcher.forbidden(asked[60:], train_matcher.askers(asked[:50]), 0).numel()
-    choose = lambda: (train_matcher.choose_greedily(m, query, pool, mask, 3), matcher.select_nearest(query, pool, mask, 3))
+    choose = lambda: (train_matcher.choose_greedily(m, query, pool, mask, 3), matcher.select_nearest(query, pool[:, :6], mask, 3))
     whole = choose()
     few = lambda pool: 3
     with unittest.mock.patch.object(matcher, "rows_at_once", few), unittest.mock.patch.object(train_matcher, "rows_at_once", few):
