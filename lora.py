@@ -178,6 +178,11 @@ def save(model, folder, base_model="", extra=None):
     write_json(Path(folder) / "adapter_config.json", config | ({"pillow": extra | {"weights": digest_file(path)}} if extra else {}))
 
 
+def digest(folder):
+    """A short name for the adapter in a folder, weights and settings: what matchers and memos are tied to."""
+    return digest_file(Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json")
+
+
 @contextlib.contextmanager
 def bare(model):
     """Inside, the model answers as if it had no adapter; afterwards it is as it was, merged or not."""

@@ -10,8 +10,9 @@ final hidden state of a question and l(.) the log of an exemplar's answer length
     v_j, quality_j = unit( h(p_j) + MLP_p[h(p_j), 10 l(p_j)] ), MLP_p      prompt tower  (n, C), (n,)
     pi(j | s_t) = softmax over what is left of  exp(tau) (<u, v_j> + quality_j),  and *stop* beside them
 
-l is ours: on Dolly it told more about which exemplar helps than the questions' features did (README, "Real
-data"). It counts tenfold, or one channel among hundreds would hardly be heard in the steps a run affords.
+l is ours: in cross-validation on Dolly it told more about which exemplar helps than the questions' features did,
+on test questions no gain was seen (README, "Real data"). It counts tenfold, or one channel among hundreds would
+hardly be heard in the steps a run affords.
 
 Both MLPs end in zeros, so before any training the matcher *is* cosine nearest neighbour and learning can
 only bend it (ours; ordinary initialisation, `identity=False`, has to find even that by trial and error).

@@ -20,7 +20,7 @@ import lora
 import rl
 from matcher import BM25, Matcher, cached_features, pool_features, select_nearest
 from model import GPT, setup
-from train_matcher import as_lists, askers, forbidden, limit
+from train_matcher import as_lists, askers, forbidden, limits_of
 
 SELECTORS = ("pillow", "knn", "bm25", "random", "none")
 
@@ -43,7 +43,7 @@ def choose(select, matcher, query, h, asking, keys, bm25, shots, rng):
     if select == "knn":
         return select_nearest(matcher.z(h), keys[2], mask, shots)[0], None
     with torch.no_grad():
-        picks, probs = matcher.act(h, keys, shots, forbidden=mask, candidates=limit(matcher, h, keys, mask))
+        picks, probs = matcher.act(h, keys, shots, **limits_of(matcher, h, keys, mask))
     return as_lists(picks)[0], probs[0].tolist()
 
 
@@ -88,7 +88,7 @@ def main():
     name = settings["model"] if args.model == p.get_default("model") else args.model
     device, dtype = setup(args)
     model, enc = GPT.from_pretrained(name, dtype, device), data.load_tokenizer(name)
-    adapter = data.digest_file(lora_folder / "adapter_model.safetensors", lora_folder / "adapter_config.json")
+    adapter = lora.digest(lora_folder)
     if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; run python train_matcher.py again")
     with torch.no_grad():

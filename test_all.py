@@ -2085,12 +2085,12 @@ def test_the_policys_gradient_is_that_of_finite_differences():
 def test_an_untrained_matcher_is_cosine_nearest_neighbour():
     rng = torch.Generator().manual_seed(0)
     pool, query = 5 + 2 * torch.randn(30, 16, generator=rng), 5 + 2 * torch.randn(40, 16, generator=rng)
-    m, lengths = matcher.Matcher(16), torch.rand(30, 1, generator=rng)
-    m.standardise(torch.cat([pool, lengths], 1))
+    m, with_lengths = matcher.Matcher(16), torch.cat([pool, torch.rand(30, 1, generator=rng)], 1)
+    m.standardise(with_lengths)
     z_pool, z = (pool - pool.mean(0)) / pool.std(0, correction=0), (query - pool.mean(0)) / pool.std(0, correction=0)
     cosine = torch.tensor([[a @ b / (a.norm() * b.norm()) for b in z_pool] for a in z])
     with torch.no_grad():
-        picks, _ = m.act(query, m.prompts(torch.cat([pool, lengths], 1)), 1)
+        picks, _ = m.act(query, m.prompts(with_lengths), 1)
     best, value = cosine.argmax(1), cosine.max(1).values
     assert (value > 0).all()  # stop stands at similarity 0
     assert picks[:, 0].tolist() == best.tolist()
@@ -3478,7 +3478,7 @@ def test_results_that_are_whole_files_of_nonsense_are_read_as_they_stand_or_refu
         for name, flags, file in [("train_matcher", ["--eval_only"], "lora/adapter_config.json"), ("train_lora", ["--resume"], "last_lora.safetensors"),
                                   ("train_matcher", ["--resume"], "last_matcher.safetensors"), ("sample", ["--prompt", "hello"], "matcher/config.json"),
                                   ("sample", ["--prompt", "hello"], "matcher/pool.json")]:
-            path, tensors, counts[file] = d / "out" / file, None, [0, 0]
+            path, counts[file] = d / "out" / file, [0, 0]
             whole = path.read_bytes()
             tensors, state = data.read_checkpoint(path) if path.suffix == ".safetensors" else (None, json.loads(whole))
             for _ in range(FUZZ):

@@ -49,9 +49,10 @@ def as_lists(picks):
     return [[p for p in row if p != STOP] for row in picks.tolist()]
 
 
-def limit(matcher, h, pool, mask):
-    """The candidates mask the matcher was trained with, or None. h (B, C); pool: from `prompts`."""
-    return nearest(matcher.z(h), pool[2], matcher.candidates, mask) if matcher.candidates else None
+def limits_of(matcher, h, pool, mask):
+    """The masks under which the matcher chooses, as its methods' keyword arguments: `mask` (B, n) from `forbidden`, and the
+    candidates it was trained with, or None. h (B, C); pool: from `prompts`."""
+    return {"forbidden": mask, "candidates": nearest(matcher.z(h), pool[2], matcher.candidates, mask) if matcher.candidates else None}
 
 
 def choose_greedily(matcher, h, h_pool, mask, shots):
@@ -60,7 +61,7 @@ def choose_greedily(matcher, h, h_pool, mask, shots):
         pool, step, picks = matcher.prompts(h_pool), rows_at_once(h_pool), []
         for s in range(0, len(h), step):
             some, few = h[s:s + step], mask[s:s + step]
-            picks += as_lists(matcher.act(some, pool, shots, forbidden=few, candidates=limit(matcher, some, pool, few))[0])
+            picks += as_lists(matcher.act(some, pool, shots, **limits_of(matcher, some, pool, few))[0])
         return picks
 
 
@@ -150,7 +151,7 @@ def main():
     h_pool = pool_features(enc, pool, h_pool)
     lora.load(model, lora_folder)
     lora.merge(model, keep_base=False)  # rollouts run at the speed of the plain model
-    adapter = data.digest_file(lora_folder / "adapter_model.safetensors", lora_folder / "adapter_config.json")
+    adapter = lora.digest(lora_folder)
     env = rl.Environment(model, enc, pool, args.max_new_tokens, f"{model.fingerprint} {adapter} {dtype}", args.memo, cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
 
     c, tokens = model.config, sum(map(len, env.prefix_cache.entries))
@@ -175,11 +176,6 @@ def main():
     def mask_of(rows):
         return forbidden([train[i] for i in rows], asking, n)
 
-    if args.stop_prior:
-        with torch.no_grad():
-            some, prompts = range(len(train))[:512], matcher.prompts(h_pool[:n])
-            mask = mask_of(some)
-            matcher.expect_stop(args.stop_prior, h_train[:512], prompts, forbidden=mask, candidates=limit(matcher, h_train[:512], prompts, mask))
     step, best, log = 0, -np.inf, []
 
     def validate():
@@ -215,6 +211,10 @@ def main():
         if saved := data.read_checkpoint(state_path, asked=list):
             env.asked = set(map(str, saved[1]["asked"]))
     elif step == 0:
+        if args.stop_prior:
+            with torch.no_grad():
+                some, prompts = h_train[:512], matcher.prompts(h_pool[:n])
+                matcher.expect_stop(args.stop_prior, some, prompts, **limits_of(matcher, some, prompts, mask_of(range(len(some)))))
         best, figures = validate()
         log.append({"step": 0, "held_out": best, **figures, "calls": len(env.asked), "seconds": round(time.perf_counter() - start, 1)})
         print(f"step    0  held-out {best:.3f} (untrained)")
@@ -230,7 +230,7 @@ def main():
         B, K, mask = len(rows), args.rollouts, mask_of(rows.tolist())
         with torch.no_grad():
             prompts = matcher.prompts(h_pool[:n])
-            limits = {"forbidden": mask, "candidates": limit(matcher, h_train[rows], prompts, mask)}
+            limits = limits_of(matcher, h_train[rows], prompts, mask)
             many = {k: m.repeat_interleave(K, 0) for k, m in limits.items() if m is not None}
             picks, _ = matcher.act(h_train[rows].repeat_interleave(K, 0), prompts, args.shots, rng, **many)
         queries = [train[i] for i in rows.tolist() for _ in range(K)]
