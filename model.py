@@ -364,8 +364,10 @@ class Block(nn.Module):
         self.norm1, self.attn = norm(cfg.n_embd, eps=cfg.norm_eps), Attention(cfg)
         self.norm2, self.mlp = norm(cfg.n_embd, eps=cfg.norm_eps), MLP(cfg)
 
-    def forward(self, x, batch, layer):
+    def forward(self, x, batch, layer, where=None):
+        """x (N, C) -> (N, C), or (n, C) at the n rows `where` alone: behind the last attention no token looks at another."""
         x = x + self.attn(self.norm1(x), batch, layer)
+        x = x if where is None else x[where]
         return x + self.mlp(self.norm2(x))
 
 
@@ -379,9 +381,12 @@ class KVCache:
         [ exemplar, padded to P | query, padded to Q | answer tokens ... ]
     """
 
-    def __init__(self, cfg, B, slots, like):
+    def __init__(self, cfg, B, slots, like, memory=None):
+        shape = 2, cfg.n_layer, B, cfg.n_kv_head, slots, cfg.head_dim
+        if memory is None or len(memory) < math.prod(shape) or (memory.dtype, memory.device) != (like.dtype, like.device):
+            memory = torch.empty(math.prod(shape), dtype=like.dtype, device=like.device)
         # zeros: slots not yet written are masked, but garbage there could be NaN, and 0 * NaN is NaN
-        self.kv = torch.zeros(2, cfg.n_layer, B, cfg.n_kv_head, slots, cfg.head_dim, dtype=like.dtype, device=like.device)
+        self.memory, self.kv = memory, memory[:math.prod(shape)].view(shape).zero_()
         self.valid = torch.zeros(B, slots, dtype=torch.bool, device=like.device)
         self.next_position = torch.zeros(B, dtype=torch.long, device=like.device)
         self.used = 0
@@ -414,8 +419,11 @@ class KVCache:
         return (k, v, None) if self.bias is None else (self.kv[0, layer], self.kv[1, layer], self.bias)
 
     def keep(self, rows):
-        """Keep only `rows`: finished answers leave the batch."""
-        self.kv, self.valid, self.next_position = self.kv[:, :, rows], self.valid[rows], self.next_position[rows]
+        """Keep only `rows`, in ascending order: finished answers leave the batch, the others move up."""
+        for new, old in enumerate(rows):
+            if new < old:
+                self.kv[:, :, new] = self.kv[:, :, old]
+        self.kv, self.valid, self.next_position = self.kv[:, :, :len(rows)], self.valid[rows], self.next_position[rows]
 
 
 def pad(rows, device=None, fill=0):
@@ -429,6 +437,7 @@ def pad(rows, device=None, fill=0):
 
 class GPT(nn.Module):
     packing, packed = True, None  # see `linear`: for the tied output head
+    memory = None  # the last batch's keys and values, for the next: fresh pages from the system take longer than clearing old ones
 
     def __init__(self, cfg):
         super().__init__()
@@ -447,11 +456,12 @@ class GPT(nn.Module):
 
     # ---- forward -------------------------------------------------------------------------------
 
-    def hidden(self, ids, cache=None, lengths=None):
+    def hidden(self, ids, cache=None, lengths=None, where=None):
         """ids (B, T), right-padded -> final hidden states (B, T, C), after the last norm, zeros at padding.
 
         lengths (B,): how many tokens of each row are real; None: all of them. With a cache, what was cached
-        stands in front and the new tokens are added to it.
+        stands in front and the new tokens are added to it. where (n,): flat positions in (B, T), of real tokens, whose
+        states alone are wanted -> (n, C); the last block's MLP is spared the rest.
         """
         B, T = ids.shape
         t = torch.arange(T, device=ids.device)
@@ -463,9 +473,13 @@ class GPT(nn.Module):
             x = x + self.pos_embed(positions)
         else:
             batch.rope = rope_table(self.config, positions, x.dtype)
+        if where is None:
+            rows = None
+        else:
+            rows = where if batch.real is None else torch.searchsorted(batch.real, where)
         for layer, block in enumerate(self.blocks):
-            x = block(x, batch, layer)
-        return batch.spread(self.norm(x))
+            x = block(x, batch, layer, rows if layer == self.config.n_layer - 1 else None)
+        return batch.spread(self.norm(x)) if where is None else self.norm(x)
 
     def logits(self, h):
         """Final hidden states (..., C) -> logits (..., V). Called only where logits are used."""
@@ -507,13 +521,14 @@ class GPT(nn.Module):
         out = torch.zeros(len(prompts))
         self.check(prompts, 0)
         self.check([p + a for p, a in zip(prompts, answers)], 0, prefixes, prefix_cache)
-        for rows, cache in self._batches(prompts, prefixes, prefix_cache, batch_size, max(map(len, answers), default=0)):
+        for rows, cache in self._batches(prompts, prefixes, prefix_cache, batch_size, [len(a) for a in answers]):
             ids, lengths = pad([prompts[i] + answers[i] for i in rows], self.device)
-            h = self.hidden(ids, cache, lengths)
             # the state at token t predicts token t + 1
             spots = [(n, len(prompts[i]) - 1 + j, y) for n, i in enumerate(rows) for j, y in enumerate(answers[i])]
             b, t, y = torch.tensor(spots, dtype=torch.long, device=self.device).view(-1, 3).unbind(1)  # row, position, token
-            logp = -F.cross_entropy(self.logits(h[b, t]).float(), y, reduction="none")
+            h = self.hidden(ids, cache, lengths, b * ids.shape[1] + t)
+            # some rows at a time: the (N, V) logits of a whole batch would go through memory, not through the CPU's caches
+            logp = torch.cat([-F.cross_entropy(self.logits(some).float(), target, reduction="none") for some, target in zip(h.split(64), y.split(64))])
             out[rows] = torch.zeros(len(rows), device=self.device).index_add_(0, b, logp).cpu()
         return out
 
@@ -536,10 +551,10 @@ class GPT(nn.Module):
         answers = [[] for _ in prompts]
         if max_new_tokens < 1:
             return answers
-        for rows, cache in self._batches(prompts, prefixes, prefix_cache, batch_size, max_new_tokens):
+        for rows, cache in self._batches(prompts, prefixes, prefix_cache, batch_size, [max_new_tokens] * len(prompts)):
             ids, lengths = pad([prompts[i] for i in rows], self.device)
-            h = self.hidden(ids, cache, lengths)  # (B, T, C)
-            h = h[torch.arange(len(rows), device=self.device), lengths - 1]  # (B, C): each row's last real token
+            last = torch.arange(len(rows), device=self.device) * ids.shape[1] + lengths - 1  # each row's last real token
+            h = self.hidden(ids, cache, lengths, last)  # (B, C)
             done = set()
             while True:
                 next_ids = self._pick(self.logits(h).float(), temperature, top_k, rng)  # (B,)
@@ -562,17 +577,19 @@ class GPT(nn.Module):
                 h = self.hidden(next_ids[:, None], cache, torch.ones_like(next_ids))[:, 0]  # (B, C)
         return answers
 
-    def _batches(self, prompts, prefixes, prefix_cache, batch_size, extra):
-        """Yield (rows, cache) with prompts of like length together and the cache filled with their prefixes."""
+    def _batches(self, prompts, prefixes, prefix_cache, batch_size, new):
+        """Yield (rows, cache) with prompts of like length together, the cache filled with their prefixes and with room for
+        each prompt and its new[i] further tokens."""
         prefixes = prefixes or [None] * len(prompts)
         size = lambda i: (prefix_cache.length(prefixes[i]) if prefixes[i] is not None else 0, len(prompts[i]))
         order = sorted(range(len(prompts)), key=lambda i: (sum(size(i)), i))
         for s in range(0, len(order), batch_size):
             rows = order[s:s + batch_size]
             kvs = [prefix_cache[prefixes[i]] if prefixes[i] is not None else None for i in rows]
-            P, Q = (max(size(i)[d] for i in rows) for d in (0, 1))
-            slots = -(-(P + Q + extra) // 32) * 32  # whole vectors: softmax is slow on what remains
-            cache = KVCache(self.config, len(rows), slots, self.embed.weight)
+            P, Q = max(size(i)[0] for i in rows), max(len(prompts[i]) + new[i] for i in rows)
+            slots = -(-(P + Q) // 32) * 32  # whole vectors: softmax is slow on what remains
+            cache = KVCache(self.config, len(rows), slots, self.embed.weight, self.memory)
+            self.memory = cache.memory
             if P:
                 lengths = torch.tensor([size(i)[0] for i in rows], device=self.device)
                 cache.begin(lengths, P)

@@ -1361,6 +1361,34 @@ def test_padding_is_left_out_and_changes_nothing():
         assert set(seen) == {sum(map(len, prompts))}  # and it is left out, not only hidden
 
 
+def test_the_last_mlp_runs_on_wanted_tokens_alone_and_changes_none():
+    prompts, where = ragged(5, 40, 1, 17), torch.tensor([4, 0, 40 + 39, 40 + 7, 2 * 40, 3 * 40 + 16, 3 * 40 + 16])  # flat in (4, 40)
+    ids, lengths = model.pad(prompts)
+    for config in BOTH:
+        m, seen = tiny(config), []
+        with torch.inference_mode(), unittest.mock.patch.object(model.MLP, "forward", lambda self, x, forward=model.MLP.forward: (seen.append(len(x)), forward(self, x))[1]):
+            for cached in (False, True):
+                caches = [model.KVCache(m.config, 4, 64, m.embed.weight) if cached else None for _ in range(2)]
+                close(m.hidden(ids, caches[0], lengths, where), m.hidden(ids, caches[1], lengths).flatten(0, 1)[where], 2e-6)
+                assert not cached or torch.equal(caches[0].kv, caches[1].kv)  # what later tokens attend to is whole
+        assert seen == 2 * ([63] * (m.config.n_layer - 1) + [len(where)] + [63] * m.config.n_layer)
+
+
+def test_memory_handed_from_batch_to_batch_carries_nothing_over():
+    pool, prompts, behind = ragged(50, 12, seed=1), ragged(5, 40, 1, 17), [1, None, 0, 1]
+    for config in BOTH:
+        m = tiny(config)
+        ask = lambda: (m.generate(prompts, 8, eos_ids=(), prefixes=behind, prefix_cache=model.PrefixCache(m, pool)), m.answer_logprobs(prompts, ragged(3, 1, 9, 2)).tolist())
+        want, first = ask(), m.memory
+        with torch.inference_mode():
+            first.fill_(float("nan"))
+        m.generate(prompts[:1], 2, eos_ids=())  # a smaller batch in between
+        assert ask() == want and m.memory is first
+        m.to(torch.bfloat16)
+        ask()
+        assert m.memory.dtype == torch.bfloat16
+
+
 def test_rows_that_end_early_leave_and_change_no_other_answer():
     """Ten answers that end at different times; finished rows are really dropped from the batch on the way."""
     prompts = ragged(*range(3, 13))

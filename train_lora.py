@@ -12,7 +12,7 @@ it helps. So some training examples get one: the nearest other training example,
 teaches when *not* to copy), or none. The shares are --share_nearest and --share_random. --share_nearest 0
 --share_random 0 is plain LoRA.
 
-The loss is on the answer's tokens and its end token only.
+The loss is on answers and their end tokens only: the question's, and those of the exemplars in front of it.
 """
 
 import math
