@@ -1877,6 +1877,8 @@ def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
     ids, where, targets, lengths = batch = train_lora.make_batch([1, 0], [[0], []], queries, answers, [2, 2], "cpu")
     assert ids.tolist() == [[5, 6, 7, 8, 2, 2, 4, 3], [5, 6, 7, 8, 0, 0, 0, 0]]
     assert where.tolist() == [1, 2, 3, 6, 7, 8 + 1, 8 + 2, 8 + 3] and targets.tolist() == [7, 8, 9, 3, 9, 7, 8, 9]
+    held_out = train_lora.make_batch([1, 0], [[0], []], queries, answers, [2, 2], "cpu", exemplars_count=False)
+    assert torch.equal(held_out[0], ids) and held_out[1].tolist() == [6, 7, 9, 10, 11] and held_out[2].tolist() == [3, 9, 7, 8, 9]
     m = tiny()
     with torch.no_grad():
         logp = m(ids).double().log_softmax(-1).flatten(0, 1)
@@ -2813,15 +2815,22 @@ def test_every_line_of_the_logs_has_what_a_reader_looks_for():
 
 
 def test_the_adapter_in_out_lora_has_the_held_out_loss_of_the_log():
-    with folder() as d:
-        workshop(d)
-        script("train_lora", "--share_nearest", 0, "--share_random", 0, cwd=d)
-        m, enc = model.GPT.from_pretrained(d / "tiny"), encoding()
-        lora.load(m, d / "out" / "lora")
-        held_out = data.split(data.load_examples(d / "my.jsonl"))["lora_val"]
-        answers = [data.encode_answer(enc, e) for e in held_out]
-        total = m.answer_logprobs([data.encode_query(enc, e) for e in held_out], answers).sum().item()
-        close(-total / sum(map(len, answers)), min(row.get("held_out", math.inf) for row in lines_of(d / "out" / "log_lora.jsonl")), 1e-5)
+    """It is the loss of held-out answers alone, whatever stands in front of their questions: training answers do not flatter it."""
+    for share in (0, 1):
+        with folder() as d:
+            workshop(d)
+            script("train_lora", "--share_nearest", 0, "--share_random", share, cwd=d)
+            m, enc = model.GPT.from_pretrained(d / "tiny"), encoding()
+            lora.load(m, d / "out" / "lora")
+            parts = data.split(data.load_examples(d / "my.jsonl"))
+            train, held_out = parts["lora_train"], parts["lora_val"]
+            rows = range(len(train), len(train) + len(held_out))
+            fronts = train_lora.with_exemplars(rows, len(train), {}, (0, share), 1, random.Random(0))
+            assert all(len(front) == share for front in fronts)
+            prompts = [sum([data.encode_exemplar(enc, train[j]) for j in front], []) + data.encode_query(enc, e) for front, e in zip(fronts, held_out)]
+            answers = [data.encode_answer(enc, e) for e in held_out]
+            total = m.answer_logprobs(prompts, answers).sum().item()
+            close(-total / sum(map(len, answers)), min(row.get("held_out", math.inf) for row in lines_of(d / "out" / "log_lora.jsonl")), 1e-5)
 
 
 def test_the_matcher_that_is_kept_is_the_best_not_the_last():

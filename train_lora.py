@@ -56,10 +56,10 @@ def with_exemplars(rows, n, near, shares, shots, rng):
     return out
 
 
-def make_batch(rows, exemplars, queries, answers, between, device):
+def make_batch(rows, exemplars, queries, answers, between, device, exemplars_count=True):
     """-> ids (B, T), where (N,) flat positions whose next token is an answer token, targets (N,) those tokens, lengths (B,).
 
-    An exemplar's answer counts as well: it is a training example behind what stands before it, and its
+    An exemplar's answer counts as well, while training: it is a training example behind what stands before it, and its
     tokens have been paid for. Its target ends with the end token, though the text goes on with `between`.
     """
     sequences, spots, targets = [], [], []
@@ -67,8 +67,9 @@ def make_batch(rows, exemplars, queries, answers, between, device):
         ids = []
         for j in [*front, i]:
             ids = ids + (between if ids else []) + queries[j]
-            spots.append((len(sequences), len(ids) - 1, len(answers[j])))
-            targets += answers[j]
+            if exemplars_count or j == i:
+                spots.append((len(sequences), len(ids) - 1, len(answers[j])))
+                targets += answers[j]
             ids = ids + answers[j][:-1]  # nothing is predicted after the end token
         sequences.append(ids)
     ids, lengths = pad(sequences, device)
@@ -170,7 +171,8 @@ def main():
 
     @torch.inference_mode()
     def held_out_loss():
-        """Mean loss of an answer token, on held-out questions behind training exemplars in the training shares."""
+        """Mean loss of an answer token of held-out questions, behind training exemplars in the training shares. The exemplars'
+        own answers do not count: they are training answers, and the better memorised the longer training goes on."""
         model.eval()
         rows = list(range(len(train), len(train) + len(val)))
         exemplars = with_exemplars(rows, len(train), near, shares, args.shots, random.Random(0))
@@ -178,7 +180,7 @@ def main():
         total = count = 0
         for s in range(0, len(order), 32):
             if some := order[s:s + 32][ddp.rank::ddp.world]:
-                batch = make_batch([rows[b] for b in some], [exemplars[b] for b in some], queries, answers, between, device)
+                batch = make_batch([rows[b] for b in some], [exemplars[b] for b in some], queries, answers, between, device, exemplars_count=False)
                 total, count = total + model.loss(*batch).item(), count + len(batch[2])
         total, count = ddp.sum([total, count])
         model.train()
