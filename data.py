@@ -1009,6 +1009,11 @@ def digest(example):
     return hashlib.sha256(json.dumps([example[k] for k in ("instruction", "input", "output")]).encode()).hexdigest()[:24]
 
 
+def digest_rows(examples):
+    """A short name for a whole list of examples. A split depends on every one of them, and on their order."""
+    return hashlib.sha256("".join(map(digest, examples)).encode()).hexdigest()[:16]
+
+
 def fingerprint(folder):
     """A short name for a model folder's content: config, tokenizer, and each weight file's size, header and 64 samples.
 
@@ -1071,10 +1076,11 @@ def folder(text):
     return Path(text)
 
 
-def parser(doc, **defaults):
+def parser(doc):
     """An ArgumentParser with the flags that mean the same in every script. `doc`: the script's docstring."""
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):  # "(default: None)" would contradict a text that tells the default itself
+            return action.help if "default:" in action.help else super()._get_help_string(action)
 
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     p.add_argument("--model", default="smollm2-135m", help=f"a short name ({', '.join(SHORT_NAMES)}), a Hub id org/name, or a folder in Hugging Face layout")
@@ -1083,7 +1089,6 @@ def parser(doc, **defaults):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where this machine is measured to multiply faster in it")
     p.add_argument("--threads", type=number(int, 0, 1024), default=0, help="CPU threads; 0: one per core")
-    p.set_defaults(**defaults)
     return p
 
 
@@ -1129,6 +1134,11 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = True
         print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+
+    def end(self):
+        """The loop is over: from here on Ctrl-C stops at once."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Processes:

@@ -41,7 +41,7 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, A, B, s):
         A, B = A.to(x.dtype), B.to(x.dtype)
-        x2, z = x.flatten(0, -2), None
+        x2 = x.flatten(0, -2)
         z = x2 @ A.t()  # (N, r)
         y.flatten(0, -2).addmm_(z, B.t(), alpha=s)
         ctx.save_for_backward(x2, z, A, B)

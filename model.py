@@ -427,7 +427,7 @@ class KVCache:
 
 
 def pad(rows, device=None, fill=0):
-    """list of id lists -> (B, T) right-padded ids, (B,) lengths."""
+    """list of id lists -> (B, T) right-padded ids, (B,) lengths. What stands in the padding does not matter."""
     lengths = torch.tensor([len(r) for r in rows])
     out = torch.full((len(rows), int(lengths.max())), fill)
     for b, r in enumerate(rows):
@@ -473,10 +473,7 @@ class GPT(nn.Module):
             x = x + self.pos_embed(positions)
         else:
             batch.rope = rope_table(self.config, positions, x.dtype)
-        if where is None:
-            rows = None
-        else:
-            rows = where if batch.real is None else torch.searchsorted(batch.real, where)
+        rows = where if where is None or batch.real is None else torch.searchsorted(batch.real, where)
         for layer, block in enumerate(self.blocks):
             x = block(x, batch, layer, rows if layer == self.config.n_layer - 1 else None)
         return batch.spread(self.norm(x)) if where is None else self.norm(x)
@@ -583,7 +580,7 @@ class GPT(nn.Module):
         prefixes = prefixes or [None] * len(prompts)
         size = lambda i: (prefix_cache.length(prefixes[i]) if prefixes[i] is not None else 0, len(prompts[i]))
         order = sorted(range(len(prompts)), key=lambda i: (sum(size(i)), i))
-        for s in range(0, len(order), batch_size):
+        for s in reversed(range(0, len(order), batch_size)):  # the longest first: all others fit into their memory
             rows = order[s:s + batch_size]
             kvs = [prefix_cache[prefixes[i]] if prefixes[i] is not None else None for i in rows]
             P, Q = max(size(i)[0] for i in rows), max(len(prompts[i]) + new[i] for i in rows)

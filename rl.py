@@ -8,7 +8,8 @@ REINFORCE (Williams 1992) with the leave-one-out baseline (Kool et al. 2019): wi
     grad = 1/K sum_k (R_k - b_k) grad log pi(picks_k | query),    b_k = mean of the other K - 1 rewards
 
 b_k does not depend on picks_k, so the gradient stays unbiased, and a query whose rollouts all earned the
-same teaches nothing, as it should. No division by the standard deviation, no critic, no clipping.
+same teaches nothing, as it should. No division by the standard deviation, no critic, no ratio clipped as in PPO; only
+the gradient's norm is held to 1, and an entropy term acts below a floor.
 
 The language model is by far the dearest part, and greedy decoding is deterministic: `Environment` remembers
 the answer for every (query, exemplars in order), so it is asked only about combinations never tried before.
@@ -240,10 +241,9 @@ def collapse_figures(picks, n_pool):
 
 
 def best_fixed(env, weights, queries, mask_of, size, seed, candidates=16):
-    """The single exemplar that serves matcher-train queries best, whatever the question; a baseline.
+    """Of `candidates` random exemplars, the one that serves matcher-train queries best, whatever the question; a baseline.
 
-    Trying all is dear, so by successive halving: `candidates` random entries on 8 questions each,
-    the better quarter on 32, and so on. mask_of(rows) -> (B, size) bool: entries these questions must not see; they go without.
+    By successive halving: all of them on 8 questions each, the better quarter on 32, and so on. mask_of(rows) -> (B, size) bool: entries these questions must not see; they go without.
     Returns indices of the pool's first `size` entries, best first.
     """
     rng = np.random.default_rng(seed)
@@ -260,9 +260,17 @@ def best_fixed(env, weights, queries, mask_of, size, seed, candidates=16):
     return left + beaten
 
 
-def bootstrap(difference, seed=0, resamples=10_000):
-    """Mean of paired differences (N,) with its 95 % percentile bootstrap interval (Efron 1979): [mean, low, high]."""
+def bootstrap(difference, groups=None, seed=0, resamples=10_000):
+    """Mean of paired differences (N,) with its 95 % percentile bootstrap interval (Efron 1979): [mean, low, high].
+
+    groups (N,): questions of one group share what decides them (one house's exemplars), so whole groups are resampled;
+    None: every question is a group of its own.
+    """
     d = np.asarray(difference, dtype=np.float64)
+    group = np.arange(len(d)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    total, count, means = np.bincount(group, d), np.bincount(group), []
     rng = np.random.default_rng(seed)
-    means = np.concatenate([d[rng.integers(0, len(d), (1000, len(d)))].mean(1) for _ in range(resamples // 1000)])
-    return [float(d.mean()), *np.percentile(means, [2.5, 97.5]).tolist()]
+    for _ in range(resamples // 1000):
+        draws = rng.integers(0, len(total), (1000, len(total)))
+        means.append(total[draws].sum(1) / count[draws].sum(1))
+    return [float(d.mean()), *np.percentile(np.concatenate(means), [2.5, 97.5]).tolist()]

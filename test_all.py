@@ -2655,6 +2655,17 @@ def test_the_bootstrap_agrees_with_the_normal_approximation():
     assert rl.bootstrap(d) == rl.bootstrap(d) and rl.bootstrap([1.0, 1.0]) == [1, 1, 1]
 
 
+def test_the_bootstrap_resamples_whole_groups():
+    """Four questions with one outcome are one observation: the interval is that of 100 numbers, not of 400."""
+    d = np.random.default_rng(1).normal(0.3, 2.0, 100)
+    groups = [f"house {i}" for i in range(100) for _ in range(4)]
+    once, fourfold, naive = rl.bootstrap(d), rl.bootstrap(np.repeat(d, 4), groups), rl.bootstrap(np.repeat(d, 4))
+    width = lambda interval: interval[2] - interval[1]
+    assert abs(width(fourfold) / width(once) - 1) < 0.05 and abs(width(naive) / width(once) - 0.5) < 0.05
+    uneven = rl.bootstrap([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"])  # the mean over questions, not over groups
+    assert uneven == [0.75, 0.0, 1.0]
+
+
 def test_the_best_fixed_exemplar_is_found():
     """Rewards are noise of size 1; one exemplar is better by 1.5, and much better ones lie outside the pool of this stage."""
     queries, size = [{"n": n} for n in range(200)], 16
@@ -2927,6 +2938,19 @@ def test_ctrl_c_twice_stops_at_once():
         refused(interrupt.request, error=KeyboardInterrupt)
 
 
+def test_ctrl_c_during_the_comparison_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with copy_of_trained("results.json") as d:
+        def pressed(*args, **kwargs):
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("the comparison went on")
+
+        with unittest.mock.patch.object(rl, "best_fixed", pressed):
+            status, _, err = script("train_matcher", "--eval_only", cwd=d)
+        assert status == 130 and not (d / "out" / "results.json").exists(), err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_peak_memory_is_told_where_the_platform_knows_it():
     assert data.peak_memory() > 100
     with unittest.mock.patch.object(Path, "read_text", failing(FileNotFoundError())):  # not Linux
@@ -3160,6 +3184,37 @@ def test_a_fully_tuned_model_is_a_model_folder_and_a_row_of_the_comparison():
         assert status == 0 and "\nsft " in out, err
         r = data.read_json(d / "out" / "results.json")
         assert "sft" in r["metrics"] and "pillow-sft" in r["paired"]
+        how = data.read_json(d / "out_full/full/pillow.json")
+        for key, other in (("seed", 1), ("rows", "0")):  # trained on what may be test questions here
+            (d / "out_full/full/pillow.json").write_text(json.dumps(how | {key: other}), encoding="utf-8")
+            assert f"{key} = {other!r}" in complaint("train_matcher", "--eval_only", "--sft", "out_full/full", cwd=d)
+
+
+def test_lora_and_full_fine_tuning_in_one_folder_leave_each_other_alone():
+    with copy_of_trained() as d:
+        before = snapshot(d / "out")
+        assert script("train_lora", "--full", "--rank", 8, "--lr", "0.001", cwd=d)[0] == 0
+        after = snapshot(d / "out")
+        assert {k: after[k] for k in before} == before and {"last_full.safetensors", "log_full.jsonl", "full/pillow.json"} <= set(map(str, after.keys() - before.keys()))
+
+
+def test_the_learning_rate_suits_what_is_trained_unless_it_is_given():
+    for flags, want in ((["--full", "--rank", 8], 1e-4), ([], 2e-3), (["--lr", 0.5], 0.5)):
+        with folder() as d, unittest.mock.patch.dict(FLAGS, train_lora=FLAGS["train_lora"].replace("--lr 0.02", "")):
+            assert script("train_lora", *flags, cwd=workshop(d))[0] == 0
+            rows = lines_of(next((d / "out").glob("log_*.jsonl")))
+            assert max(row["lr"] for row in rows) == want
+
+
+def test_rows_that_changed_since_the_adapter_was_trained_are_refused():
+    """One row more makes another split, in which some of what the adapter was trained on are test questions."""
+    with copy_of_trained() as d:
+        write_rows(d / "my.jsonl", rows_of(61))
+        for flags in ([], ["--eval_only"]):
+            assert "no longer the rows" in complaint("train_matcher", *flags, cwd=d)
+        old, new = (data.split(rows_of(n)) for n in (60, 61))
+        questions = lambda examples: set(map(data.same_question, examples))
+        assert questions(old["lora_train"]) & questions(new["test"])
 
 
 def test_eval_only_repeats_the_comparison_and_changes_no_matcher():
@@ -3168,6 +3223,28 @@ def test_eval_only_repeats_the_comparison_and_changes_no_matcher():
         status, _, err = script("train_matcher", "--eval_only", cwd=d)
         assert status == 0, err
         assert made_by_matcher(d) == made_by_matcher(trained()) and snapshot(d / "out" / "matcher") == before
+        first = data.read_json(trained() / "out" / "results.json")
+        with unittest.mock.patch.dict(FLAGS, train_matcher=COMMON + "--max_new_tokens 8 --oracle 2"):  # none of what it was trained with
+            status, _, err = script("train_matcher", "--eval_only", cwd=d)
+            assert status == 0, err
+            again = data.read_json(d / "out" / "results.json")
+            assert [again[k] for k in ("metrics", "paired", "shots", "headline", "seed", "settings")] == [first[k] for k in ("metrics", "paired", "shots", "headline", "seed", "settings")]
+            status, _, err = script("train_matcher", "--eval_only", "--shots", 1, "--reward", "rouge", cwd=d)  # unless it is asked for
+            assert status == 0, err
+            again = data.read_json(d / "out" / "results.json")
+            assert (again["shots"], again["headline"], again["settings"]["shots"], again["settings"]["steps"]) == (1, "rouge", 1, 4)
+
+
+def test_eval_only_compares_in_the_pool_the_matcher_was_trained_with():
+    with copy_of_trained("matcher", "last_matcher.safetensors", "results.json") as d:
+        write_rows(d / "mine.jsonl", rows_of(9, start=70))
+        assert script("train_matcher", "--pool", "mine.jsonl", "--steps", 1, cwd=d)[0] == 0
+        first = data.read_json(d / "out" / "results.json")
+        (d / "mine.jsonl").unlink()
+        status, _, err = script("train_matcher", "--eval_only", cwd=d)
+        assert status == 0, err
+        again = data.read_json(d / "out" / "results.json")
+        assert first["n_pool"] == again["n_pool"] == 9 and again["metrics"] == first["metrics"]
 
 
 def test_fewer_questions_are_answered_than_have_their_likelihood_measured():
@@ -3486,7 +3563,7 @@ def test_help_tells_every_flags_meaning_and_default():
         assert common | flags <= told
         for e in entries:
             if "--help" not in e:
-                assert "(default: " in " ".join(e.split()) and len(e.split()) > 4, (name, e)
+                assert " ".join(e.split()).count("default:") == 1 and len(e.split()) > 4, (name, e)
 
 
 JUNK = [None, True, -1, 0, 2**70, 1e300, "", "junk", "\x1b[2J\n", [], [[]], {}, {"a": 1}, "x" * 5000]

@@ -4,7 +4,7 @@ Fine-tune a language model with LoRA so that it *uses* an exemplar when it is gi
     python train_lora.py                               # styles, SmolLM2-135M -> out/lora
     python train_lora.py --data dolly --max_tokens 160
     python train_lora.py --data my.jsonl --model path/to/model
-    python train_lora.py --full --out out_full         # full fine-tuning: the baseline LoRA is compared with
+    python train_lora.py --full --share_nearest 0 --share_random 0    # full fine-tuning, without exemplars, for train_matcher.py --sft out/full
     torchrun --nproc_per_node=2 train_lora.py          # data-parallel, the same losses
 
 Ordinary LoRA never sees an exemplar, and then one in front of the question hurts a small model more than
@@ -82,7 +82,7 @@ def main():
     p.add_argument("--data", default="styles", help="styles, alpaca, dolly, or a JSON / JSONL file in Alpaca's or Dolly's format")
     p.add_argument("--steps", type=data.number(int, 1), default=64, help="optimiser steps")
     p.add_argument("--batch_size", type=data.number(int, 1), default=8, help="examples per step, over all processes")
-    p.add_argument("--lr", type=data.number(float, 0), default=2e-3, help="peak learning rate (try 1e-4 with --full)")
+    p.add_argument("--lr", type=data.number(float, 0), help="peak learning rate; default: 2e-3, with --full 1e-4")
     p.add_argument("--warmup", type=data.number(float, 0, 1), default=0.1, help="share of the steps in which the learning rate rises; then a cosine to a tenth of it")
     p.add_argument("--weight_decay", type=data.number(float, 0), default=0.0, help="AdamW's")
     p.add_argument("--rank", type=data.number(int, 1), default=8, help="r, the adapter's rank")
@@ -101,6 +101,8 @@ def main():
         p.error("--share_nearest and --share_random together exceed 1")
     if args.full:
         data.pointless(p, args, "--full", "rank", "alpha", "targets", "dropout")
+    if args.lr is None:
+        args.lr = 1e-4 if args.full else 2e-3
     if not args.share_nearest + args.share_random:
         data.pointless(p, args, "both shares of exemplars 0", "shots")
 
@@ -108,9 +110,9 @@ def main():
     ddp = data.Processes()
     if args.batch_size < ddp.world:
         p.error(f"--batch_size {args.batch_size} is less than the {ddp.world} processes")
-    folder = args.out / ("full" if args.full else "lora")
+    kind = "full" if args.full else "lora"
+    folder, state_path = args.out / kind, args.out / f"last_{kind}.safetensors"
     settings = {k: str(v) if k == "out" else v for k, v in vars(args).items() if k not in ("resume", "threads", "device")}
-    state_path = args.out / "last_lora.safetensors"
     device, dtype = setup(args)
     examples = data.load_examples(args.data)  # a mistake in the data is found before a model is downloaded
     ddp.first(lambda: data.resolve_model(args.model))
@@ -119,7 +121,7 @@ def main():
     examples = data.keep_short(enc, examples, args.max_tokens, args.data)
     parts = data.split(examples, args.seed)
     train, val = parts["lora_train"], parts["lora_val"][:64]
-    settings |= {"fingerprint": model.fingerprint, "template": data.TEMPLATE_VERSION, "n_train": len(train), "dtype": str(dtype)}
+    settings |= {"fingerprint": model.fingerprint, "template": data.TEMPLATE_VERSION, "n_train": len(train), "dtype": str(dtype), "rows": data.digest_rows(examples)}
 
     queries = [data.encode_query(enc, e) for e in train + val]
     answers = [data.encode_answer(enc, e) for e in train + val]
@@ -192,7 +194,7 @@ def main():
             s = optimizer.state[m]
             tensors |= {f"{i}.weight": m.detach(), f"{i}.m": s["exp_avg"], f"{i}.v": s["exp_avg_sq"]}
         data.write_checkpoint(state_path, tensors, {"step": step + 1, "best": best if math.isfinite(best) else None, "log": log, "settings": settings})
-        data.write_lines(args.out / "log_lora.jsonl", log)
+        data.write_lines(args.out / f"log_{kind}.jsonl", log)
 
     def stopped(what):
         return data.UserError(data.halted(step, what, [train[i] for i in batches[step]], state_path) + "; try a smaller --lr")

@@ -78,8 +78,8 @@ def main():
     p = data.parser(__doc__)
     p.add_argument("--pool", help="JSON / JSONL file of exemplars to choose from; default: the pool of the data (see data.split)")
     p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
-    p.add_argument("--shots", type=data.number(int, 1, 16), default=1, help="the most exemplars in front of a question")
-    p.add_argument("--reward", help="exact, rouge, logprob, or a mix such as rouge:0.5,logprob:0.5; default: exact for styles, else logprob")
+    p.add_argument("--shots", type=data.number(int, 1, 16), help="the most exemplars in front of a question; default: 1, with --eval_only as the matcher was trained")
+    p.add_argument("--reward", help="exact, rouge, logprob, or a mix such as rouge:0.5,logprob:0.5; default: exact for styles, else logprob; with --eval_only as the matcher was trained")
     p.add_argument("--steps", type=data.number(int, 0), default=80, help="REINFORCE steps")
     p.add_argument("--batch_size", type=data.number(int, 1), default=16, help="questions a step")
     p.add_argument("--rollouts", type=data.number(int, 2), default=4, help="K, rollouts a question (the baseline needs two)")
@@ -101,13 +101,25 @@ def main():
     p.add_argument("--cache_gb", type=data.number(float, 0), default=1.0, help="memory for the exemplars' keys and values (0.02 MB a token for the default model)")
     p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
     p.add_argument("--sft", help="folder of a fully fine-tuned model (train_lora.py --full), compared without exemplars")
-    p.add_argument("--eval_only", action="store_true", help="no training, whatever its flags say: compare with the matcher in OUT/matcher")
+    p.add_argument("--eval_only", action="store_true", help="no training, whatever its flags say: compare with the matcher in OUT/matcher, and with its pool")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only and args.resume:
         p.error("--resume has nothing to go on with under --eval_only")
     if args.no_stop:
         data.pointless(p, args, "--no_stop", "stop_prior")
+    folder, state_path, made_with = args.out / "matcher", args.out / "last_matcher.safetensors", {}
+    if args.eval_only:
+        if not (folder / "config.json").exists():
+            raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py without --eval_only first")
+        made_with = data.read_json(folder / "config.json", dict)
+        if not data.has(made_with, shots=int, seed=int, reward=dict, pool=str):
+            raise data.UserError(f"{folder / 'config.json'}: it does not say what the matcher was made with; train it again without --eval_only")
+        if args.seed == p.get_default("seed"):
+            args.seed = made_with["seed"]
+        if not args.pool and made_with["pool"] != "None":
+            args.pool = folder / "pool.json"  # the file it was may be gone
+    args.shots = args.shots or made_with.get("shots", 1)
     if 0 < args.candidates < args.shots:
         p.error(f"--candidates {args.candidates} are fewer than --shots {args.shots}")
     ddp = data.Processes()
@@ -121,7 +133,8 @@ def main():
     if not data.has(made, data=str, seed=int, max_tokens=int, fingerprint=str, model=str):
         raise data.UserError(f"{lora_folder}: this adapter does not say which data it was trained on; train it with train_lora.py")
     name = made["model"] if args.model == p.get_default("model") else args.model
-    weights = rl.parse_reward(args.reward or ("exact" if made["data"] == "styles" else "logprob"))
+    usual = ",".join(f"{k}:{v}" for k, v in made_with["reward"].items()) if made_with else "exact" if made["data"] == "styles" else "logprob"
+    weights = rl.parse_reward(args.reward or usual)
     headline = next(iter(weights)) if len(weights) == 1 else "logprob"
     examples = data.load_examples(made["data"])
     own_pool = data.load_examples(args.pool, "--pool") if args.pool else None
@@ -131,6 +144,8 @@ def main():
     if made["fingerprint"] != model.fingerprint:
         raise data.UserError(f"{lora_folder}: the adapter was made for {made['model']} ({made['fingerprint']}), not for {name} ({model.fingerprint})")
     short = data.keep_short(enc, examples, made["max_tokens"], made["data"])
+    if made.get("rows", same := data.digest_rows(short)) != same:
+        raise data.UserError(f"{made['data']}: no longer the rows that the adapter in {lora_folder} was trained on, so some of those would be test questions now; train it again")
     parts = data.split(short, made["seed"])
     train, val, test = parts["matcher_train"][:args.n_train], parts["val"][:args.n_val], parts["test"][:args.n_test]
     pool = own_pool or parts["pool"]
@@ -142,6 +157,11 @@ def main():
     sft = GPT.from_pretrained(args.sft, dtype, device) if args.sft else None
     if sft and (sft.config != model.config or (sft.folder / "tokenizer.json").read_bytes() != (model.folder / "tokenizer.json").read_bytes()):
         raise data.UserError(f"--sft {args.sft}: its shape or tokenizer is not that of {name}, from which it should have been tuned")
+    if sft and (sft.folder / "pillow.json").exists():
+        how = data.read_json(sft.folder / "pillow.json", dict)
+        for k in ("seed", "rows"):  # these two make the split
+            if k in made and how.get(k) != made[k]:
+                raise data.UserError(f"--sft {args.sft}: trained with {k} = {how.get(k)!r}, the adapter with {made[k]!r}: test questions here may be its training questions")
     for question in train + val + test:
         rl.prompt_room(model, enc, question, args.max_new_tokens)
 
@@ -159,7 +179,6 @@ def main():
     if whole > args.cache_gb and ddp.rank == 0:
         print(f"keys and values of the whole pool take {whole:.1f} GB, --cache_gb holds {args.cache_gb:g}: many may be worked out again and again; --cache_gb {math.ceil(whole)} is faster where memory allows")
 
-    folder, state_path = args.out / "matcher", args.out / "last_matcher.safetensors"
     settings = {k: str(v) if k in ("out", "pool") else v for k, v in vars(args).items() if k not in ("resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")}
     settings |= {"model": name, "data": made["data"], "lora_seed": made["seed"], "reward": weights, "fingerprint": model.fingerprint,
                  "adapter": adapter, "template": data.TEMPLATE_VERSION, "pool_size": len(pool), "dtype": str(dtype)}
@@ -255,16 +274,15 @@ def main():
                 checkpoint()
             bar.write(f"step {step:4d}  reward {row['reward']:.3f}  held-out {row['held_out']:.3f}{'  (best: saved)' if better else ''}  entropy {row['entropy']:.2f}"
                       f"  {figures['distinct']} exemplars in use, none for {figures['none']:.0%}")
-        if ddp.sum([interrupt.requested])[0] and step < args.steps:
+        if ddp.sum([interrupt.requested])[0]:
             if ddp.rank == 0:
                 checkpoint()
             raise data.UserError(f"stopped after step {step}, which is saved; go on with --resume")
     bar.close()
+    interrupt.end()
     calls, train_seconds = len(env.asked), time.perf_counter() - start
 
     # ---- compare, on questions never seen --------------------------------------------------------------
-    if not (folder / "config.json").exists():
-        raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py without --eval_only first")
     matcher, made_with = Matcher.load(folder)
     if (made_with.get("fingerprint"), made_with.get("adapter")) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; train it again without --eval_only")
@@ -302,12 +320,15 @@ def main():
     def against_all(metric):
         """Paired differences with their intervals: pillow minus every other selector, and nearest neighbour minus none."""
         pairs = [("pillow", s) for s in scores if s not in ("pillow", "oracle")] + [("knn", "none")]
-        return {f"{a}-{b}": rl.bootstrap(scores[a][metric] - scores[b][metric]) for a, b in pairs}
+        houses = [e.get("house") for e in test[:metrics[metric]]]  # of styles: their questions share exemplars
+        return {f"{a}-{b}": rl.bootstrap(scores[a][metric] - scores[b][metric], houses if all(houses) else None) for a, b in pairs}
 
     head = {s: v[headline] for s, v in scores.items()}
     paired_by_metric = {m: against_all(m) for m in metrics}
     paired = paired_by_metric[headline]
     gap = head["oracle"].mean() - head["none"].mean()
+    trained_with = {k: v for k, v in made_with.items() if k not in ("matcher", "weights")}
+    settings = trained_with | {k: settings[k] for k in ("shots", "reward", "pool", "pool_size", "seed", "n_test", "n_answers", "oracle")}
     results = {"model": name, "data": made["data"], "n_test": len(test), "n_answers": answered, "shots": args.shots, "seed": args.seed, "headline": headline,
                "metrics": {s: {m: float(a.mean()) for m, a in v.items()} for s, v in scores.items()}, "paired": paired,
                "paired_by_metric": paired_by_metric, "examples": {"read": len(examples), "kept": len(short), "max_tokens": made["max_tokens"]},
