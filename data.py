@@ -1083,7 +1083,7 @@ def parser(doc):
             return action.help if "default:" in action.help else super()._get_help_string(action)
 
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
-    p.add_argument("--model", default="smollm2-135m", help=f"a short name ({', '.join(SHORT_NAMES)}), a Hub id org/name, or a folder in Hugging Face layout")
+    p.add_argument("--model", default="smollm2-135m", help=f"a short name ({', '.join(SHORT_NAMES)}), a Hub id org/name, or a folder in Hugging Face layout; after train_lora.py, the adapter's own unless another is named")
     p.add_argument("--out", type=folder, default=Path("out"), help="folder for results")
     p.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of everything random: the same seed gives the same run on the same machine")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

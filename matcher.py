@@ -6,9 +6,10 @@ product of their outputs, over the pool, is a distribution. Here, with h(.) the 
 final hidden state of a question and l(.) the log of an exemplar's answer length, standardised over the pool:
 
     state s_t = (query x, exemplars chosen so far)
-    u              = unit( h(x) + MLP_q[h(x), mean of chosen h] )          query tower   (C,)
-    v_j, quality_j = unit( h(p_j) + MLP_p[h(p_j), 10 l(p_j)] ), MLP_p      prompt tower  (n, C), (n,)
-    pi(j | s_t) = softmax over what is left of  exp(tau) (<u, v_j> + quality_j),  and *stop* beside them
+    a, s     = MLP_q[h(x), mean of chosen h]       query tower: (C,), and the score of *stop*
+    b_j, c_j = MLP_p[h(p_j), 10 l(p_j)]            prompt tower: (C,), and the quality of p_j, for whatever query
+    u = unit(h(x) + a),    v_j = unit(h(p_j) + b_j)
+    pi(. | s_t) = softmax of  exp(tau) * (<u, v_j> + c_j  for every p_j not yet chosen,  s for *stop*)
 
 l is ours: in cross-validation on Dolly it told more about which exemplar helps than the questions' features did,
 on test questions no gain was seen (README, "Real data"). It counts tenfold, or one channel among hundreds would
@@ -21,8 +22,8 @@ only bend it (ours; ordinary initialisation, `identity=False`, has to find even 
 Picks are without replacement: the distribution is renormalised over what is left at every step, so
 log pi of a sequence is the exact one (`Matcher.log_prob`; test_all.py enumerates every sequence).
 
-The other selectors it has to beat stand at the end: BM25, nearest neighbour, random, none. (`fixed`, the
-single best prompt, and the oracle need the language model: they are in rl.py.)
+The other selectors it has to beat stand at the end: BM25, nearest neighbour, random, none. (`fixed`, one exemplar
+for all queries, and the oracle need the language model: they are in rl.py and train_matcher.py.)
 
 Left out on purpose: attention between query and exemplars, approximate nearest-neighbour indexes (an exact
 scan of 100,000 entries takes milliseconds).
