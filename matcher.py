@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import (UserError, digest_file, encode_answer, encode_query, query_text, read_checkpoint, read_json, read_safetensors, write_checkpoint,
+from data import (UserError, digest_file, encode_answer, encode_query, has, query_text, read_checkpoint, read_json, read_safetensors, write_checkpoint,
                   write_json, write_safetensors)
 
 STOP = -1  # in a sequence of picks: "no further exemplar"
@@ -190,6 +190,13 @@ class Matcher(nn.Module):
             raise UserError(f"{folder / 'matcher.safetensors'}: its weights are not those that config.json describes")
         matcher.load_state_dict(state)
         return matcher, settings
+
+
+def check_settings(settings, folder):
+    """UserError unless a saved matcher's settings say what sample.py and --eval_only take over from them."""
+    if not (has(settings, shots=int, seed=int, reward=dict, pool=str, model=str, fingerprint=str, adapter=str)
+            and 1 <= settings["shots"] <= 16 and 0 <= settings["seed"] < 1 << 31):
+        raise UserError(f"{folder / 'config.json'}: it does not say what the matcher was made with; run python train_matcher.py again, without --eval_only")
 
 
 def cached_features(model, enc, examples, what, cache="cache"):

@@ -18,7 +18,7 @@ import torch
 import data
 import lora
 import rl
-from matcher import BM25, Matcher, cached_features, pool_features, select_nearest
+from matcher import BM25, Matcher, cached_features, check_settings, pool_features, select_nearest
 from model import GPT, setup
 from train_matcher import as_lists, askers, forbidden, limits_of
 
@@ -79,8 +79,7 @@ def main():
     if not (folder / "config.json").exists():
         raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py first")
     matcher, settings = Matcher.load(folder)
-    if not data.has(settings, shots=int, model=str, fingerprint=str, adapter=str):
-        raise data.UserError(f"{folder / 'config.json'}: it does not say what the matcher was made with; run python train_matcher.py again")
+    check_settings(settings, folder)
     pool = data.load_examples(args.pool or folder / "pool.json", "--pool")
     shots = args.shots or settings["shots"]
     if shots > len(pool):

@@ -3525,6 +3525,17 @@ def test_damaged_results_are_refused_in_one_line():
                 assert path.name in line or "out/" in line or "adapter" in line, line
 
 
+def test_settings_of_a_matcher_that_cannot_be_taken_over_are_refused():
+    """sample.py and --eval_only ask for as many exemplars as the matcher was trained with; its file must not ask for -1 of them."""
+    with copy_of_trained() as d, unittest.mock.patch.dict(FLAGS, train_matcher=COMMON):
+        path = d / "out" / "matcher" / "config.json"
+        settings = data.read_json(path)
+        for key, value in (("shots", -1), ("shots", 0), ("shots", 2**70), ("seed", -1), ("seed", 2**70), ("reward", "rouge"), ("pool", None)):
+            path.write_text(json.dumps(settings | {key: value}), encoding="utf-8")
+            for name, flags in (("train_matcher", ["--eval_only"]), ("sample", ["--prompt", "hello"])):
+                assert "config.json" in complaint(name, *flags, cwd=d), (key, value, name)
+
+
 def test_out_of_range_flags_are_refused_before_any_work():
     bad = {"train_lora": ["--steps 0", "--batch_size 0", "--lr -1", "--lr nan", "--lr inf", "--warmup 2", "--rank 0", "--dropout 1", "--share_nearest 1.5", "--steps x",
                           "--share_nearest 0.8 --share_random 0.3", "--shots 0", "--seed -1", "--threads -1", "--dtype float16", "--nope", "--step 3", "--alpha -1"],

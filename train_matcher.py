@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data
 import lora
 import rl
-from matcher import BM25, STOP, Matcher, cached_features, nearest, pool_features, rows_at_once, select_nearest, select_none, select_random
+from matcher import BM25, STOP, Matcher, cached_features, check_settings, nearest, pool_features, rows_at_once, select_nearest, select_none, select_random
 from model import GPT, setup
 
 
@@ -113,8 +113,7 @@ def main():
         if not (folder / "config.json").exists():
             raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py without --eval_only first")
         made_with = data.read_json(folder / "config.json", dict)
-        if not data.has(made_with, shots=int, seed=int, reward=dict, pool=str):
-            raise data.UserError(f"{folder / 'config.json'}: it does not say what the matcher was made with; train it again without --eval_only")
+        check_settings(made_with, folder)
         if args.seed == p.get_default("seed"):
             args.seed = made_with["seed"]
         if not args.pool and made_with["pool"] != "None":
