@@ -57,7 +57,7 @@ class UserError(Exception):
 
 def run(main):
     """Call main(); exit with 2 for a UserError or a disk that takes no files, 130 for Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows console or pipe is often not UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
@@ -775,7 +775,7 @@ def decode(enc, ids):
 OPENING = "### Instruction:\n"  # every exemplar and every question begins with it
 BETWEEN = "\n\n\n"  # two blank lines between an exemplar and what follows
 TEMPLATE_VERSION = 1  # part of every fingerprint: change the template, and old features and adapters no longer match
-_HEADINGS = re.compile(r"^(\s*)(#+[ \t]*(?:instruction|input|response)[ \t]*:)", re.I | re.M)
+_HEADINGS = re.compile(r"^([^\S\n]*)(#+[ \t]*(?:instruction|input|response)[ \t]*:)", re.I | re.M)
 
 
 def quote(text):
@@ -837,21 +837,24 @@ def load_examples(name_or_path, flag="--data"):
             download(url.format(hub=hub_endpoint()), path, sha256, hint=f"; --data takes a file too, in {name.title()}'s format")
     elif not path.is_file():
         raise UserError(f"{flag} {name}: not styles, alpaca or dolly, and no such file")
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         rows = ((n, parse_json(line, f"{path}, line {n}")) for n, line in read_lines(path))
     else:
-        rows = enumerate(read_json(path, list), 1)
+        rows = enumerate(read_json(path, list, limit=1 << 30), 1)
     examples = []
     for n, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {n}: an example is an object, this is a {type(row).__name__}")
-        example = {"instruction": row.get("instruction"), "input": row.get("input", row.get("context", "")),
-                   "output": row.get("output", row.get("response"))}
-        for field, value in example.items():
+        example = {}
+        for names in (("instruction",), ("input", "context"), ("output", "response")):
+            values = [row[name] for name in names if row.get(name) is not None]  # spreadsheets write null where there is no text
+            value = next((v for v in values if v != ""), "" if values or "input" in names else None)  # of two, the one that says something
+            field = " or ".join(map(repr, names))
             if not isinstance(value, str):
-                raise UserError(f"{path}, row {n}: {field!r} is {'missing' if value is None else 'not text'}")
+                raise UserError(f"{path}, row {n}: {field} is {'missing' if value is None else 'not text'}")
             if len(value) > LONGEST:
-                raise UserError(f"{path}, row {n}: {field!r} has {len(value):,} characters; at most {LONGEST:,} are read")
+                raise UserError(f"{path}, row {n}: {field} has {len(value):,} characters; at most {LONGEST:,} are read")
+            example[names[0]] = value
         if not example["instruction"].strip():
             raise UserError(f"{path}, row {n}: 'instruction' is empty")
         examples.append({k: v.strip() for k, v in example.items()})
@@ -1103,7 +1106,7 @@ def read_checkpoint(path, **kinds):
     """-> (tensors, state) as written by `write_checkpoint`, or None when there is none. kinds: see `has`."""
     if not Path(path).exists():
         return None
-    tensors = dict(read_safetensors(path))
+    tensors = {k: t.clone() for k, t in read_safetensors(path)}  # a view would keep the file open, and Windows replaces no open file
     with safe_open(path, "pt") as f:
         state = parse_json((f.metadata() or {}).get("state", "null"), path)
     if kinds and not has(state, **kinds):
@@ -1189,7 +1192,10 @@ class Processes:
 
 def digest_file(*paths):
     """A short name for the content of a file, or of several together."""
-    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()[:16]
+    try:
+        return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()[:16]
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such file") from None
 
 
 def same_settings(now, then, path, free=()):

@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import (UserError, digest_file, encode_answer, encode_query, has, query_text, read_checkpoint, read_json, read_safetensors, write_checkpoint,
-                  write_json, write_safetensors)
+from data import (UserError, digest_file, encode_answer, encode_query, has, query_text, read_checkpoint, read_json, read_safetensors, same_question,
+                  write_checkpoint, write_json, write_safetensors)
 
 STOP = -1  # in a sequence of picks: "no further exemplar"
 
@@ -115,7 +115,7 @@ class Matcher(nn.Module):
         return scores.masked_fill(blocked, float("-inf"))
 
     @torch.no_grad()
-    def expect_stop(self, p, query, pool, **limits):
+    def set_stop_prior(self, p, query, pool, **limits):
         """Set the score of *stop* so that the policy, before it learns, stops at once with probability p for the median query.
 
         Starting at 0, far below any neighbour's cosine, it would hardly ever be tried, so never learnt.
@@ -194,8 +194,8 @@ class Matcher(nn.Module):
 
 def check_settings(settings, folder):
     """UserError unless a saved matcher's settings say what sample.py and --eval_only take over from them."""
-    if not (has(settings, shots=int, seed=int, reward=dict, pool=str, model=str, fingerprint=str, adapter=str)
-            and 1 <= settings["shots"] <= 16 and 0 <= settings["seed"] < 1 << 31):
+    if not (has(settings, shots=int, seed=int, reward=dict, max_new_tokens=int, model=str, fingerprint=str, adapter=str)
+            and isinstance(settings.get("pool"), str | None) and 1 <= settings["shots"] <= 16 and 0 <= settings["seed"] < 1 << 31 and settings["max_new_tokens"] > 0):
         raise UserError(f"{folder / 'config.json'}: it does not say what the matcher was made with; run python train_matcher.py again, without --eval_only")
 
 
@@ -257,15 +257,51 @@ def nearest(query, pool, k, forbidden=None):
     return mask
 
 
+# ---- what each query may choose, and what the matcher chooses ------------------------------------------
+
+
+def entries_by_question(pool):
+    """{question: the pool's entries that ask it}; made once, for a pool may have 100,000 of them."""
+    asking = {}
+    for j, e in enumerate(pool):
+        asking.setdefault(same_question(e), []).append(j)
+    return asking
+
+
+def forbidden(queries, asking, n):
+    """(B, n) bool: those of the pool's first n entries that ask the same question as each query. asking: from `entries_by_question`."""
+    mask = torch.zeros(len(queries), n, dtype=torch.bool)
+    for b, q in enumerate(queries):
+        mask[b, [j for j in asking.get(same_question(q), []) if j < n]] = True
+    return mask
+
+
+def as_lists(picks):
+    """(B, m) tensor with STOP -> list of lists of pool indices."""
+    return [[p for p in row if p != STOP] for row in picks.tolist()]
+
+
+def limits_of(matcher, h, pool, mask):
+    """The masks under which the matcher chooses, as its methods' keyword arguments: `mask` (B, n) from `forbidden`, and the
+    candidates it was trained with, or None. h (B, C); pool: from `prompts`."""
+    return {"forbidden": mask, "candidates": nearest(matcher.z(h), pool[2], matcher.candidates, mask) if matcher.candidates else None}
+
+
+def choose_greedily(matcher, h, h_pool, mask, shots):
+    """The matcher's likeliest picks for each query, as lists of pool indices."""
+    with torch.no_grad():
+        pool, step, picks = matcher.prompts(h_pool), rows_at_once(h_pool), []
+        for s in range(0, len(h), step):
+            some, few = h[s:s + step], mask[s:s + step]
+            picks += as_lists(matcher.act(some, pool, shots, **limits_of(matcher, some, pool, few))[0])
+        return picks
+
+
 # ---- the selectors it is compared with: each returns a list of up to `shots` pool indices per query ----
 
 
-def select_none(queries):
-    return [[] for _ in queries]
-
-
 def select_random(forbidden, shots, seed):
-    """forbidden (B, n) bool -> distinct allowed entries, drawn uniformly."""
+    """forbidden (B, n) bool -> distinct allowed entries, drawn uniformly. seed: a number, or a numpy Generator to go on with."""
     rng = np.random.default_rng(seed)
     allowed = [np.flatnonzero(~row) for row in np.asarray(forbidden)]
     return [rng.choice(a, min(shots, len(a)), replace=False).tolist() for a in allowed]

@@ -38,7 +38,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from data import (UserError, atomic_write, fingerprint, read_json, read_safetensors, resolve_model,
                   write_safetensors)
@@ -287,7 +286,9 @@ class Batch:
     def spread(self, x):
         """(N, ...) -> (B, T, ...), zeros at padding."""
         if self.real is not None:
-            x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy_(0, self.real, x)
+            flat = x.new_zeros(self.B * self.T, *x.shape[1:])
+            flat[self.real] = x  # not index_copy_: Apple's GPUs lack it, or get it wrong, depending on PyTorch's version
+            x = flat
         return x.view(self.B, self.T, *x.shape[1:])
 
     def gather(self, x):
@@ -497,19 +498,16 @@ class GPT(nn.Module):
     # ---- what PILLOW asks of a language model --------------------------------------------------
 
     @torch.inference_mode()
-    def features(self, prompts, batch_size=32, progress=False):
+    def features(self, prompts, batch_size=32):
         """Mean of the final hidden states over each prompt's real tokens: (N, C) float32, on the CPU."""
         out = torch.zeros(len(prompts), self.config.n_embd)
         self.check(prompts, 0)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together: little padding
-        bar = tqdm(total=len(prompts), desc="features", unit="prompt", disable=not progress)
         for s in range(0, len(order), batch_size):
             rows = order[s:s + batch_size]
             ids, lengths = pad([prompts[i] for i in rows], self.device)
             h = self.hidden(ids, None, lengths)  # (B, T, C), zeros at padding
             out[rows] = (h.sum(1, dtype=torch.float32) / lengths[:, None]).cpu()
-            bar.update(len(rows))
-        bar.close()
         return out
 
     @torch.inference_mode()
@@ -718,16 +716,23 @@ class PrefixCache:
     depend on the first: a pool of n would have n^2 of those, few of them asked for twice, so the second
     and later exemplars are simply part of the prompt.)
 
-    Entries are computed in fixed neighbourhoods of `block`, never in the order of asking: rounding in
-    bfloat16 depends on what shares a batch, and an interrupted run must end bit for bit like a whole one.
+    Entries are computed in fixed neighbourhoods of `block`, never in the order of asking: rounding in bfloat16
+    depends on what shares a batch, and an interrupted run must end bit for bit like a whole one. No neighbourhood
+    has more than `tokens`, padding included, so one book in a pool of short exemplars is worked out alone, if ever.
     The least recently used entries are forgotten beyond `max_bytes`.
     """
 
-    def __init__(self, model, entries, block=16, max_bytes=1 << 30):
-        self.model, self.entries, self.block, self.max_bytes = model, entries, block, max_bytes
+    def __init__(self, model, entries, block=16, tokens=8192, max_bytes=1 << 30):
+        self.model, self.entries, self.max_bytes = model, entries, max_bytes
         self.kv, self.bytes = {}, 0
-        order = sorted(range(len(entries)), key=lambda i: len(entries[i]))  # like lengths share a block
-        self.blocks = {i: order[s:s + block] for s in range(0, len(order), block) for i in order[s:s + block]}
+        self.blocks, rows = {}, []  # {index: its neighbourhood}
+        for i in sorted(range(len(entries)), key=lambda i: len(entries[i])):  # like lengths together
+            if len(entries[i]) > model.config.n_ctx:
+                break  # this and all longer ones can stand in front of nothing
+            if len(rows) == block or (len(rows) + 1) * len(entries[i]) > tokens:
+                rows = []
+            rows.append(i)
+            self.blocks[i] = rows
 
     def length(self, i):
         return len(self.entries[i])

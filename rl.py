@@ -148,7 +148,7 @@ class Environment:
         wanted = str if kind == "answer" else float
         missing = {k: i for i, k in reversed(list(enumerate(keys))) if not isinstance(self.memo.get(k), wanted)}
         rows = sorted(missing.values())
-        bar = tqdm(total=len(rows), desc=progress, unit="call", leave=False, disable=progress is None or self.ddp.rank > 0)
+        bar = tqdm(total=len(rows), desc=progress, unit="call", leave=False, disable=not rows or progress is None or self.ddp.rank > 0)
         # a bounded chunk at a time: progress is seen, and an interruption loses at most one chunk
         for s in range(0, len(rows), 4 * self.batch_size):
             everyone = rows[s:s + 4 * self.batch_size]

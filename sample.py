@@ -10,17 +10,18 @@ Without --prompt it reads questions from standard input until it ends, a line ea
 "question ||| input"). It shows the exemplars it chose with their probabilities, then streams the answer.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import data
 import lora
 import rl
-from matcher import BM25, Matcher, cached_features, check_settings, pool_features, select_nearest
+from matcher import BM25, Matcher, as_lists, cached_features, check_settings, entries_by_question, forbidden, limits_of, pool_features, select_nearest, select_random
 from model import GPT, setup
-from train_matcher import as_lists, askers, forbidden, limits_of
 
 SELECTORS = ("pillow", "knn", "bm25", "random", "none")
 
@@ -31,13 +32,12 @@ def visible(text):
 
 
 def choose(select, matcher, query, h, asking, keys, bm25, shots, rng):
-    """-> (pool indices, their probabilities or None) for one query; h (1, C), asking = askers(pool), keys = matcher.prompts(pool features)."""
+    """-> (pool indices, their probabilities or None) for one query; h (1, C), asking = entries_by_question(pool), keys = matcher.prompts(pool features)."""
     mask = forbidden([query], asking, len(keys[0]))
     if select == "none":
         return [], None
     if select == "random":
-        allowed = (~mask[0]).nonzero()[:, 0]
-        return allowed[torch.randperm(len(allowed), generator=rng)[:shots]].tolist(), None
+        return select_random(mask, shots, rng)[0], None
     if select == "bm25":
         return bm25.select([data.query_text(query)], mask, shots)[0], None
     if select == "knn":
@@ -96,9 +96,9 @@ def main():
         module.packing = False  # the weights change twice a question (see `ask`): to pack them anew takes longer than it saves
     lora.load(model, lora_folder)
     lora.merge(model)
-    asking, bm25 = askers(pool), BM25([data.query_text(e) for e in pool]) if "bm25" in selectors else None
+    asking, bm25 = entries_by_question(pool), BM25([data.query_text(e) for e in pool]) if "bm25" in selectors else None
     env = rl.Environment(model, enc, pool, args.max_new_tokens)
-    rng = torch.Generator().manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
 
     def answer(query, h, select):
         picks, probs = choose(select, matcher, query, h, asking, keys, bm25, shots, rng)
@@ -142,13 +142,14 @@ def main():
         return ask(args.prompt, args.input)
     if sys.stdin.isatty():
         print("question, or question ||| input; end with Ctrl-D (Ctrl-Z on Windows)")
-    for line in sys.stdin:
-        if line.strip():
-            question, _, text = line.partition("|||")
-            try:
-                ask(question, text)
-            except data.UserError as e:  # one bad question does not end the conversation
-                print(visible(f"error: {e}"), file=sys.stderr)
+    with contextlib.suppress(KeyboardInterrupt):  # a way to end a conversation, too
+        for line in sys.stdin:
+            if line.strip():
+                question, _, text = line.partition("|||")
+                try:
+                    ask(question, text)
+                except data.UserError as e:  # one bad question does not end the conversation
+                    print(visible(f"error: {e}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

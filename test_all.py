@@ -236,6 +236,10 @@ def test_a_users_mistake_is_one_line_and_status_2():
     assert exit_of(failing(KeyboardInterrupt()))[0] == 130
     status, line = exit_of(failing(data.UserError("a\x1b[2Jb\nc" + "d" * 10_000)))
     assert status == 2 and line.count("\n") == 1 and "\x1b" not in line and len(line) < 1100
+    piped = io.TextIOWrapper(io.BytesIO("caf\u00e9 \udcff".encode("utf-8", "surrogateescape")), encoding="cp1252")  # a Windows pipe
+    with unittest.mock.patch.object(sys, "stdin", piped):
+        exit_of(lambda: None)
+        assert piped.read() == "caf\u00e9 \ufffd"
     try:  # what nobody has foreseen keeps its traceback
         exit_of(failing(OSError(errno.EIO, "Input/output error")))
     except OSError as error:
@@ -888,6 +892,25 @@ def test_alpaca_and_dolly_rows_are_read_from_json_and_jsonl():
         assert data.load_examples(d / "a.jsonl") == [DATE, PLAIN]
 
 
+def test_rows_with_both_spellings_with_nulls_and_with_capitals_in_the_files_name_are_read():
+    """As spreadsheets and other programs write them: null for no text, an empty field beside the one that says something."""
+    rows = [DATE | {"context": "", "response": None}, PLAIN | {"input": None},
+            {"instruction": DATE["instruction"], "input": "", "context": DATE["input"], "output": None, "response": DATE["output"]}]
+    with folder() as d:
+        for name in ("a.json", "a.jsonl"):
+            assert data.load_examples(write_rows(d / name, rows).rename(d / name.upper())) == [DATE, PLAIN, DATE]
+        write_rows(d / "a.jsonl", [PLAIN | {"output": ""}])
+        assert data.load_examples(d / "a.jsonl")[0]["output"] == ""
+
+
+def test_a_pool_kept_beside_its_matcher_may_be_large():
+    """What is read as JSON lines is written back as JSON, beside the matcher, and must be read again from there."""
+    with folder() as d:
+        rows = [PLAIN | {"input": f"{n} " + "a" * 900_000} for n in range(50)]
+        data.write_json(d / "pool.json", rows)
+        assert (d / "pool.json").stat().st_size > 40 << 20 and data.load_examples(d / "pool.json") == rows
+
+
 def test_a_line_separator_inside_a_text_does_not_end_the_line():
     with folder() as d:
         odd = PLAIN | {"output": "a\u2028b\x85c\x0bd"}
@@ -1063,6 +1086,9 @@ def test_a_checkpoint_comes_back_to_the_bit():
         data.write_checkpoint(d / "c.safetensors", tensors, state)
         found, read = data.read_checkpoint(d / "c.safetensors")
         assert read == state and all(torch.equal(found[k], tensors[k]) for k in tensors)
+        with open(d / "c.safetensors", "rb+") as file:  # what was read stays: Windows replaces no file that a tensor still looks into
+            file.write(bytes((d / "c.safetensors").stat().st_size))
+        assert all(torch.equal(found[k], tensors[k]) for k in tensors)
         save_file({"a": torch.ones(1)}, d / "c.safetensors")  # a safetensors file, but none of ours
         with contextlib.suppress(data.UserError):
             assert data.read_checkpoint(d / "c.safetensors")[1] is None
@@ -1486,6 +1512,18 @@ def test_a_prefix_has_the_same_bits_in_whatever_order_it_is_asked_for():
             order = random.Random(seed).choices(range(20), k=60)
             small = model.PrefixCache(m, pool, block=4, max_bytes=5 * want[0].nbytes)
             assert all(torch.equal(small[i], want[i]) for i in order)
+
+
+def test_a_book_among_short_exemplars_is_not_worked_out_for_its_neighbours_sake():
+    for config in (LLAMA, GPT2):
+        m = tiny(config, max_position_embeddings=300, n_positions=300)
+        pool = [*ragged(*[10] * 6, seed=1), *ragged(150, 290, 400, seed=2)]  # the last fits no context
+        cache, seen, hidden = model.PrefixCache(m, pool, tokens=300), [], model.GPT.hidden
+        with unittest.mock.patch.object(model.GPT, "hidden", lambda self, ids, *rest: seen.append(tuple(ids.shape)) or hidden(self, ids, *rest)):
+            for i in range(8):
+                assert cache[i].shape[3] == len(pool[i])
+        assert seen == [(6, 10), (1, 150), (1, 290)]
+        assert m.generate([[5]], 3, eos_ids=(), prefixes=[7], prefix_cache=cache) == m.generate([pool[7] + [5]], 3, eos_ids=())
 
 
 def test_the_prefix_cache_forgets_what_was_not_used_lately():
@@ -2222,7 +2260,6 @@ def test_no_selector_picks_what_is_forbidden_or_twice():
         assert len(picks) == B and all(type(j) is int for ps in picks for j in ps)
         for row, ps in zip(mask, picks):
             assert len(set(ps)) == len(ps) == min(shots, int((~row).sum())) and not any(row[j] for j in ps), name
-    assert matcher.select_none(texts) == [[]] * B
     cosine = F.cosine_similarity(z[:, None], z_pool[None], dim=-1)
     for row, ps, c in zip(mask, chosen["knn"], cosine.tolist()):
         assert ps == sorted((j for j in range(n) if not row[j]), key=lambda j: -c[j])[:shots]
@@ -2238,13 +2275,13 @@ def test_random_exemplars_are_uniform():
 def test_many_questions_meet_a_large_pool_some_at_a_time():
     m, pool, query = random_matcher(C=6, n=50, B=20, candidates=9)
     asked = [{"instruction": str(n % 60), "input": ""} for n in range(70)]
-    mask = train_matcher.forbidden(asked[50:], train_matcher.askers(asked[:50]), 50)
+    mask = matcher.forbidden(asked[50:], matcher.entries_by_question(asked[:50]), 50)
     assert mask.nonzero().tolist() == [[b, b - 10] for b in range(10, 20)]
-    assert not train_matcher.forbidden(asked[60:], train_matcher.askers(asked[:50]), 0).numel()
-    choose = lambda: (train_matcher.choose_greedily(m, query, pool, mask, 3), matcher.select_nearest(query, pool[:, :6], mask, 3))
+    assert not matcher.forbidden(asked[60:], matcher.entries_by_question(asked[:50]), 0).numel()
+    choose = lambda: (matcher.choose_greedily(m, query, pool, mask, 3), matcher.select_nearest(query, pool[:, :6], mask, 3))
     whole = choose()
     few = lambda pool: 3
-    with unittest.mock.patch.object(matcher, "rows_at_once", few), unittest.mock.patch.object(train_matcher, "rows_at_once", few):
+    with unittest.mock.patch.object(matcher, "rows_at_once", few):
         assert choose() == whole
     assert matcher.rows_at_once(torch.empty(1000, 0)) == 1024 and matcher.rows_at_once(torch.empty(1 << 20, 0)) == 32
 
@@ -2602,7 +2639,7 @@ def test_the_stop_prior_is_the_median_querys_chance_of_stopping():
     m, pool, query = matcher.Matcher(8, 16), torch.randn(30, 9), torch.randn(21, 8)
     few = torch.rand(21, 30) < 0.5
     for p, limits in ((0.2, {}), (0.05, {"candidates": few})):
-        m.expect_stop(p, query, m.prompts(pool), **limits)
+        m.set_stop_prior(p, query, m.prompts(pool), **limits)
         with torch.no_grad():
             stop = m.logits(query, m.prompts(pool), torch.zeros(21, 0, dtype=torch.long), **limits).softmax(-1)[:, -1]
         close(stop.median(), p, 1e-5)
@@ -2705,7 +2742,8 @@ def script(name, *flags, cwd, stdin=""):
     argv, patch, status = [name + ".py", *FLAGS[name].split(), *map(str, flags)], unittest.mock.patch.object, 0
     os.chdir(cwd)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patch(sys, "argv", argv), patch(sys, "stdin", io.StringIO(stdin)):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patch(sys, "argv", argv), \
+                patch(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin):
             data.run(importlib.import_module(name).main)
     except SystemExit as end:
         status = end.code
@@ -2929,6 +2967,14 @@ def test_an_interrupted_matcher_run_resumes_to_the_same_bytes():
         status, out, err = script("train_matcher", "--resume", cwd=d)
         assert status == 0 and "resumed at step 2" in out, err
         assert made_by_matcher(d) == made_by_matcher(trained())
+
+
+def test_a_run_is_not_resumed_in_another_pool_of_the_same_name_and_size():
+    with copy_of_trained("matcher", "last_matcher.safetensors", "results.json") as d:
+        write_rows(d / "mine.jsonl", rows_of(9, start=70))
+        assert script("train_matcher", "--pool", "mine.jsonl", cwd=d)[0] == 0
+        write_rows(d / "mine.jsonl", [e | {"output": "changed"} for e in rows_of(9, start=70)])
+        assert "pool_rows" in complaint("train_matcher", "--pool", "mine.jsonl", "--resume", cwd=d)
 
 
 def test_ctrl_c_twice_stops_at_once():
@@ -3225,7 +3271,7 @@ def test_eval_only_repeats_the_comparison_and_changes_no_matcher():
         assert status == 0, err
         assert made_by_matcher(d) == made_by_matcher(trained()) and snapshot(d / "out" / "matcher") == before
         first = data.read_json(trained() / "out" / "results.json")
-        with unittest.mock.patch.dict(FLAGS, train_matcher=COMMON + "--max_new_tokens 8 --oracle 2"):  # none of what it was trained with
+        with unittest.mock.patch.dict(FLAGS, train_matcher=COMMON + "--oracle 2"):  # none of what it was trained with
             status, _, err = script("train_matcher", "--eval_only", cwd=d)
             assert status == 0, err
             again = data.read_json(d / "out" / "results.json")
@@ -3234,6 +3280,7 @@ def test_eval_only_repeats_the_comparison_and_changes_no_matcher():
             assert status == 0, err
             again = data.read_json(d / "out" / "results.json")
             assert (again["shots"], again["headline"], again["settings"]["shots"], again["settings"]["steps"]) == (1, "rouge", 1, 4)
+            assert (again["settings"]["max_new_tokens"], first["settings"]["max_new_tokens"]) == (8, 8)
 
 
 def test_eval_only_compares_in_the_pool_the_matcher_was_trained_with():
@@ -3257,6 +3304,30 @@ def test_fewer_questions_are_answered_than_have_their_likelihood_measured():
         assert all(abs(few["metrics"][s]["logprob"] - all_["metrics"][s]["logprob"]) < 1e-5 for s in SELECTORS)
         answers = [row[1] for row in lines_of(d / "memo.jsonl") if isinstance(row[1], str)]
         assert 5 <= len(answers) <= 5 * len(SELECTORS)
+
+
+def test_a_mix_of_rewards_is_compared_by_the_first_of_them():
+    with copy_of_trained("results.json") as d:
+        for reward, metrics in (("rouge:0.5,exact:0.5", {"rouge", "exact"}), ("exact:0.1,logprob:2", {"rouge", "exact", "logprob"})):
+            status, _, err = script("train_matcher", "--eval_only", "--reward", reward, cwd=d)
+            assert status == 0, err
+            results = data.read_json(d / "out" / "results.json")
+            assert results["headline"] == reward.split(":")[0] and set(results["metrics"]["pillow"]) == metrics
+
+
+def test_the_oracle_tries_no_more_where_a_question_is_answered():
+    """With every answer right, or every answer wrong: six selectors' choices for each of 12 questions, and two neighbours if need be."""
+    with copy_of_trained("results.json") as d:
+        for right, want in ((True, 12 * 6), (False, 12 * 8)):
+            asked = {}
+
+            def outcomes(env, kind, queries, picks, progress=None):
+                asked[progress] = len(queries)
+                return [q["output"] if right else "wrong" for q in queries]
+
+            with unittest.mock.patch.object(rl.Environment, "outcomes", outcomes):
+                assert script("train_matcher", "--eval_only", "--reward", "exact", cwd=d)[0] == 0
+            assert asked["oracle"] == want and data.read_json(d / "out" / "results.json")["metrics"]["oracle"]["exact"] == right
 
 
 def test_zero_steps_compare_the_untrained_matcher():
@@ -3369,6 +3440,18 @@ def test_exemplars_that_do_not_fit_are_left_out_and_sample_says_so():
         assert status == 0 and "left out" in out and 1 <= len(re.findall(r"^  \d\. ", out, re.M)) < 3, (out, err)
 
 
+def test_ctrl_c_ends_a_conversation():
+    class Keyboard(io.StringIO):
+        def __next__(self):
+            if line := self.readline():
+                return line
+            raise KeyboardInterrupt
+
+    with copy_of_trained() as d:
+        status, out, err = script("sample", "--select", "knn", cwd=d, stdin=Keyboard("first question\n"))
+        assert (status, err) == (0, "") and out.count("[knn]") == 1
+
+
 def test_a_terminal_is_told_how_to_ask_and_how_to_end():
     if os.name != "posix":
         raise Skip("needs a pseudo-terminal")
@@ -3419,6 +3502,8 @@ def mistakes(d):
     write_tiny_folder(d / "other", seed=1)
     write_tiny_folder(d / "wide", LLAMA | {"hidden_size": 64})
     (d / "not_a_model").mkdir()
+    write_tiny_folder(d / "no_tokenizer")
+    (d / "no_tokenizer" / "tokenizer.json").unlink()
     write_tiny_folder(d / "no_weights")
     (d / "no_weights" / "model.safetensors").unlink()
     (d / "bad.jsonl").write_text(json.dumps(DATE) + "\n" + json.dumps(DATE) + "\n{oops\n")
@@ -3458,7 +3543,7 @@ def test_train_matcher_turns_mistakes_down():
                              ("no such file", "--pool", "nope.jsonl"), ("line 3", "--pool", "bad.jsonl"), ("no examples", "--pool", "empty.jsonl"),
                              ("--shots 3", "--pool", "two.jsonl", "--shots", 3), ("--reward", "--reward", "bleu"), ("context", "--max_new_tokens", 500),
                              ("nowhere", "--memo", "nowhere/memo.jsonl"), ("memo out", "--memo", "out"), ("nowhere", "--sft", "nowhere"),
-                             ("not_a_model", "--sft", "not_a_model"), ("wide", "--sft", "wide"), ("no_weights", "--sft", "no_weights"),
+                             ("not_a_model", "--sft", "not_a_model"), ("wide", "--sft", "wide"), ("no_weights", "--sft", "no_weights"), ("tokenizer.json: no such file", "--sft", "no_tokenizer"),
                              ("seed", "--resume", "--seed", 1), ("file", "--out", "file", "--lora", "out/lora")]:
             assert word in complaint("train_matcher", *flags, cwd=d), flags
     with folder() as d:
@@ -3474,6 +3559,10 @@ def test_sample_turns_mistakes_down():
                              ("context", "--pool", "long.jsonl")]:
             assert word in complaint("sample", *(["--prompt", "hello"] if "--prompt" not in flags else []), *flags, cwd=d), flags
         assert "--input" in complaint("sample", "--input", "x", cwd=d)
+        for name, flags in (("sample", ["--prompt", "hello"]), ("train_matcher", [])):
+            (d / "out" / "lora" / "adapter_model.safetensors").rename(d / "moved")
+            assert "adapter_model.safetensors: no such file" in complaint(name, *flags, cwd=d)
+            (d / "moved").rename(d / "out" / "lora" / "adapter_model.safetensors")
         shutil.rmtree(d / "out" / "matcher")
         assert "train_matcher.py" in complaint("sample", "--prompt", "hello", cwd=d)
         shutil.rmtree(d / "out" / "lora")
@@ -3530,7 +3619,7 @@ def test_settings_of_a_matcher_that_cannot_be_taken_over_are_refused():
     with copy_of_trained() as d, unittest.mock.patch.dict(FLAGS, train_matcher=COMMON):
         path = d / "out" / "matcher" / "config.json"
         settings = data.read_json(path)
-        for key, value in (("shots", -1), ("shots", 0), ("shots", 2**70), ("seed", -1), ("seed", 2**70), ("reward", "rouge"), ("pool", None)):
+        for key, value in (("shots", -1), ("shots", 0), ("shots", 2**70), ("seed", -1), ("seed", 2**70), ("reward", "rouge"), ("pool", 5), ("max_new_tokens", 0)):
             path.write_text(json.dumps(settings | {key: value}), encoding="utf-8")
             for name, flags in (("train_matcher", ["--eval_only"]), ("sample", ["--prompt", "hello"])):
                 assert "config.json" in complaint(name, *flags, cwd=d), (key, value, name)

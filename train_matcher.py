@@ -24,51 +24,15 @@ from tqdm import tqdm
 import data
 import lora
 import rl
-from matcher import BM25, STOP, Matcher, cached_features, check_settings, nearest, pool_features, rows_at_once, select_nearest, select_none, select_random
+from matcher import (BM25, Matcher, as_lists, cached_features, check_settings, choose_greedily, entries_by_question, forbidden, limits_of, pool_features, select_nearest,
+                     select_random)
 from model import GPT, setup
-
-
-def askers(pool):
-    """{question: the pool entries that ask it}; made once, for a pool may have 100,000 of them."""
-    asking = {}
-    for j, e in enumerate(pool):
-        asking.setdefault(data.same_question(e), []).append(j)
-    return asking
-
-
-def forbidden(queries, asking, n):
-    """(B, n) bool: those of the pool's first n entries that ask the same question as each query. asking: from `askers`."""
-    mask = torch.zeros(len(queries), n, dtype=torch.bool)
-    for b, q in enumerate(queries):
-        mask[b, [j for j in asking.get(data.same_question(q), []) if j < n]] = True
-    return mask
-
-
-def as_lists(picks):
-    """(B, m) tensor with STOP -> list of lists of pool indices."""
-    return [[p for p in row if p != STOP] for row in picks.tolist()]
-
-
-def limits_of(matcher, h, pool, mask):
-    """The masks under which the matcher chooses, as its methods' keyword arguments: `mask` (B, n) from `forbidden`, and the
-    candidates it was trained with, or None. h (B, C); pool: from `prompts`."""
-    return {"forbidden": mask, "candidates": nearest(matcher.z(h), pool[2], matcher.candidates, mask) if matcher.candidates else None}
-
-
-def choose_greedily(matcher, h, h_pool, mask, shots):
-    """The matcher's likeliest picks for each query, as lists of pool indices."""
-    with torch.no_grad():
-        pool, step, picks = matcher.prompts(h_pool), rows_at_once(h_pool), []
-        for s in range(0, len(h), step):
-            some, few = h[s:s + step], mask[s:s + step]
-            picks += as_lists(matcher.act(some, pool, shots, **limits_of(matcher, some, pool, few))[0])
-        return picks
 
 
 def choose_all(matcher, pool, queries, h_pool, h, mask, shots, fixed, seed):
     """{selector: list of picks per query} for every selector but the oracle. mask (B, n): see `forbidden`."""
     z_pool, z = matcher.z(h_pool), matcher.z(h)
-    return {"none": select_none(queries), "random": select_random(mask, shots, seed),
+    return {"none": [[] for _ in queries], "random": select_random(mask, shots, seed),
             "bm25": BM25([data.query_text(e) for e in pool]).select([data.query_text(q) for q in queries], mask, shots),
             "knn": select_nearest(z, z_pool, mask, shots), "fixed": [[j for j in fixed if not row[j]][:shots] for row in mask],
             "pillow": choose_greedily(matcher, h, h_pool, mask, shots)}
@@ -79,7 +43,7 @@ def main():
     p.add_argument("--pool", help="JSON / JSONL file of exemplars to choose from; default: the pool of the data (see data.split)")
     p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
     p.add_argument("--shots", type=data.number(int, 1, 16), help="the most exemplars in front of a question; default: 1, with --eval_only as the matcher was trained")
-    p.add_argument("--reward", help="exact, rouge, logprob, or a mix such as rouge:0.5,logprob:0.5; default: exact for styles, else logprob; with --eval_only as the matcher was trained")
+    p.add_argument("--reward", help="exact, rouge, logprob, or a mix such as rouge:0.5,logprob:0.5 (the comparison goes by the first); default: exact for styles, else logprob; with --eval_only as the matcher was trained")
     p.add_argument("--steps", type=data.number(int, 0), default=80, help="REINFORCE steps")
     p.add_argument("--batch_size", type=data.number(int, 1), default=16, help="questions a step")
     p.add_argument("--rollouts", type=data.number(int, 2), default=4, help="K, rollouts a question (the baseline needs two)")
@@ -91,7 +55,7 @@ def main():
     p.add_argument("--stop_prior", type=data.number(float, 0, 0.99), default=0.0, help="probability of stopping at once before anything is learnt; 0: next to none")
     p.add_argument("--no_stop", action="store_true", help="take the stop action away: always --shots exemplars")
     p.add_argument("--ordinary_init", action="store_true", help="towers that do not start as the identity (for comparison)")
-    p.add_argument("--max_new_tokens", type=data.number(int, 1), default=48, help="length limit of an answer")
+    p.add_argument("--max_new_tokens", type=data.number(int, 1), help="length limit of an answer; default: 48, with --eval_only as the matcher was trained")
     p.add_argument("--eval_every", type=data.number(int, 1), default=10, help="steps between validations and checkpoints")
     p.add_argument("--n_train", type=data.number(int, 1), help="use only so many matcher-train questions")
     p.add_argument("--n_val", type=data.number(int, 1), default=96, help="validation questions, at most")
@@ -101,24 +65,25 @@ def main():
     p.add_argument("--cache_gb", type=data.number(float, 0), default=1.0, help="memory for the exemplars' keys and values (0.02 MB a token for the default model)")
     p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
     p.add_argument("--sft", help="folder of a fully fine-tuned model (train_lora.py --full), compared without exemplars")
-    p.add_argument("--eval_only", action="store_true", help="no training, whatever its flags say: compare with the matcher in OUT/matcher, and with its pool")
+    p.add_argument("--eval_only", action="store_true", help="no training, whatever its flags say: compare with the matcher in OUT/matcher, and with its pool; writes OUT/results.json anew")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only and args.resume:
         p.error("--resume has nothing to go on with under --eval_only")
     if args.no_stop:
         data.pointless(p, args, "--no_stop", "stop_prior")
-    folder, state_path, made_with = args.out / "matcher", args.out / "last_matcher.safetensors", {}
+    folder, state_path, matcher_settings = args.out / "matcher", args.out / "last_matcher.safetensors", {}
     if args.eval_only:
         if not (folder / "config.json").exists():
             raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py without --eval_only first")
-        made_with = data.read_json(folder / "config.json", dict)
-        check_settings(made_with, folder)
+        matcher_settings = data.read_json(folder / "config.json", dict)
+        check_settings(matcher_settings, folder)
         if args.seed == p.get_default("seed"):
-            args.seed = made_with["seed"]
-        if not args.pool and made_with["pool"] != "None":
+            args.seed = matcher_settings["seed"]
+        if not args.pool and matcher_settings["pool"]:
             args.pool = folder / "pool.json"  # the file it was may be gone
-    args.shots = args.shots or made_with.get("shots", 1)
+    args.shots = args.shots or matcher_settings.get("shots", 1)
+    args.max_new_tokens = args.max_new_tokens or matcher_settings.get("max_new_tokens", 48)
     if 0 < args.candidates < args.shots:
         p.error(f"--candidates {args.candidates} are fewer than --shots {args.shots}")
     ddp = data.Processes()
@@ -128,24 +93,24 @@ def main():
     lora_folder = Path(args.lora or args.out / "lora")
     if not (lora_folder / "adapter_config.json").exists():
         raise data.UserError(f"{lora_folder}: no adapter there yet; run python train_lora.py --out {args.out} first")
-    made = data.read_json(lora_folder / "adapter_config.json", dict).get("pillow")
-    if not data.has(made, data=str, seed=int, max_tokens=int, fingerprint=str, model=str):
+    adapter_settings = data.read_json(lora_folder / "adapter_config.json", dict).get("pillow")
+    if not data.has(adapter_settings, data=str, seed=int, max_tokens=int, fingerprint=str, model=str):
         raise data.UserError(f"{lora_folder}: this adapter does not say which data it was trained on; train it with train_lora.py")
-    name = made["model"] if args.model == p.get_default("model") else args.model
-    usual = ",".join(f"{k}:{v}" for k, v in made_with["reward"].items()) if made_with else "exact" if made["data"] == "styles" else "logprob"
-    weights = rl.parse_reward(args.reward or usual)
-    headline = next(iter(weights)) if len(weights) == 1 else "logprob"
-    examples = data.load_examples(made["data"])
+    name = adapter_settings["model"] if args.model == p.get_default("model") else args.model
+    default_reward = ",".join(f"{k}:{v}" for k, v in matcher_settings["reward"].items()) if matcher_settings else "exact" if adapter_settings["data"] == "styles" else "logprob"
+    weights = rl.parse_reward(args.reward or default_reward)
+    headline = next(iter(weights))  # of a mix, the first: it decides the comparison
+    examples = data.load_examples(adapter_settings["data"], f"{lora_folder} was trained on")
     own_pool = data.load_examples(args.pool, "--pool") if args.pool else None
     device, dtype = setup(args)
     ddp.first(lambda: data.resolve_model(name))
     model, enc = GPT.from_pretrained(name, dtype, device), data.load_tokenizer(name)
-    if made["fingerprint"] != model.fingerprint:
-        raise data.UserError(f"{lora_folder}: the adapter was made for {made['model']} ({made['fingerprint']}), not for {name} ({model.fingerprint})")
-    short = data.keep_short(enc, examples, made["max_tokens"], made["data"])
-    if made.get("rows", same := data.digest_rows(short)) != same:
-        raise data.UserError(f"{made['data']}: no longer the rows that the adapter in {lora_folder} was trained on, so some of those would be test questions now; train it again")
-    parts = data.split(short, made["seed"])
+    if adapter_settings["fingerprint"] != model.fingerprint:
+        raise data.UserError(f"{lora_folder}: the adapter was made for {adapter_settings['model']} ({adapter_settings['fingerprint']}), not for {name} ({model.fingerprint})")
+    short = data.keep_short(enc, examples, adapter_settings["max_tokens"], adapter_settings["data"])
+    if adapter_settings.get("rows", same := data.digest_rows(short)) != same:
+        raise data.UserError(f"{adapter_settings['data']}: no longer the rows that the adapter in {lora_folder} was trained on, so some of those would be test questions now; train it again")
+    parts = data.split(short, adapter_settings["seed"])
     train, val, test = parts["matcher_train"][:args.n_train], parts["val"][:args.n_val], parts["test"][:args.n_test]
     pool = own_pool or parts["pool"]
     sizes = dict.fromkeys(("train", "val", "test"), len(pool)) if own_pool else parts["pool_sizes"]
@@ -154,13 +119,13 @@ def main():
 
     # what does not fit or is too long is found now, not after the training
     sft = GPT.from_pretrained(args.sft, dtype, device) if args.sft else None
-    if sft and (sft.config != model.config or (sft.folder / "tokenizer.json").read_bytes() != (model.folder / "tokenizer.json").read_bytes()):
+    if sft and (sft.config != model.config or data.digest_file(sft.folder / "tokenizer.json") != data.digest_file(model.folder / "tokenizer.json")):
         raise data.UserError(f"--sft {args.sft}: its shape or tokenizer is not that of {name}, from which it should have been tuned")
     if sft and (sft.folder / "pillow.json").exists():
-        how = data.read_json(sft.folder / "pillow.json", dict)
+        sft_settings = data.read_json(sft.folder / "pillow.json", dict)
         for k in ("seed", "rows"):  # these two make the split
-            if k in made and how.get(k) != made[k]:
-                raise data.UserError(f"--sft {args.sft}: trained with {k} = {how.get(k)!r}, the adapter with {made[k]!r}: test questions here may be its training questions")
+            if k in adapter_settings and sft_settings.get(k) != adapter_settings[k]:
+                raise data.UserError(f"--sft {args.sft}: trained with {k} = {sft_settings.get(k)!r}, the adapter with {adapter_settings[k]!r}: test questions here may be its training questions")
     for question in train + val + test:
         rl.prompt_room(model, enc, question, args.max_new_tokens)
 
@@ -178,9 +143,9 @@ def main():
     if whole > args.cache_gb and ddp.rank == 0:
         print(f"keys and values of the whole pool take {whole:.1f} GB, --cache_gb holds {args.cache_gb:g}: many may be worked out again and again; --cache_gb {math.ceil(whole)} is faster where memory allows")
 
-    settings = {k: str(v) if k in ("out", "pool") else v for k, v in vars(args).items() if k not in ("resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")}
-    settings |= {"model": name, "data": made["data"], "lora_seed": made["seed"], "reward": weights, "fingerprint": model.fingerprint,
-                 "adapter": adapter, "template": data.TEMPLATE_VERSION, "pool_size": len(pool), "dtype": str(dtype)}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")}
+    settings |= {"model": name, "data": adapter_settings["data"], "lora_seed": adapter_settings["seed"], "reward": weights, "fingerprint": model.fingerprint,
+                 "adapter": adapter, "template": data.TEMPLATE_VERSION, "pool_size": len(pool), "pool_rows": data.digest_rows(pool), "dtype": str(dtype)}
 
     # ---- train -----------------------------------------------------------------------------------------
     torch.manual_seed(args.seed)
@@ -188,7 +153,7 @@ def main():
     n = sizes["train"]
     matcher.standardise(h_pool[:n])
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
-    asking = askers(pool)
+    asking = entries_by_question(pool)
     mask_val = forbidden(val, asking, sizes["val"])
 
     def mask_of(rows):
@@ -232,7 +197,7 @@ def main():
         if args.stop_prior:
             with torch.no_grad():
                 some, prompts = h_train[:512], matcher.prompts(h_pool[:n])
-                matcher.expect_stop(args.stop_prior, some, prompts, **limits_of(matcher, some, prompts, mask_of(range(len(some)))))
+                matcher.set_stop_prior(args.stop_prior, some, prompts, **limits_of(matcher, some, prompts, mask_of(range(len(some)))))
         best, figures = validate()
         log.append({"step": 0, "held_out": best, **figures, "calls": len(env.asked), "seconds": round(time.perf_counter() - start, 1)})
         print(f"step    0  held-out {best:.3f} (untrained)")
@@ -282,15 +247,15 @@ def main():
     calls, train_seconds = len(env.asked), time.perf_counter() - start
 
     # ---- compare, on questions never seen --------------------------------------------------------------
-    matcher, made_with = Matcher.load(folder)
-    if (made_with.get("fingerprint"), made_with.get("adapter")) != (model.fingerprint, adapter):
+    matcher, matcher_settings = Matcher.load(folder)
+    if (matcher_settings.get("fingerprint"), matcher_settings.get("adapter")) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; train it again without --eval_only")
     fixed = rl.best_fixed(env, weights, train, mask_of, n, args.seed)
     mask = forbidden(test, asking, len(pool))
     chosen = choose_all(matcher, pool, test, h_pool, h_test, mask, args.shots, fixed, args.seed)
     scores = {}  # {selector: {metric: (N,) array}}
     answered = min(args.n_answers, len(test)) if headline == "logprob" else len(test)
-    metrics = {"exact": answered, "rouge": answered} | ({"logprob": len(test)} if headline == "logprob" else {})  # questions each is measured on
+    metrics = {"exact": answered, "rouge": answered} | ({"logprob": len(test)} if "logprob" in weights else {})  # questions each is measured on
 
     def measure(env, picks, what):
         return {m: env.score({m: 1.0}, test[:n], picks[:n], f"test: {what}") for m, n in metrics.items()}
@@ -307,7 +272,8 @@ def main():
             swapped[selector] = float(env.score({headline: 1.0}, test, ps, "test: swapped pool").mean())
     # the oracle: for each question the best of everything tried for it, with the reference in hand
     near = select_nearest(matcher.z(h_test), matcher.z(h_pool), mask, args.oracle)
-    tries = [[ps[b] for ps in chosen.values()] + [[j] for j in near[b]] for b in range(len(test))]
+    solved = np.max([v[headline] for v in scores.values()], 0) == (0 if headline == "logprob" else 1)  # nothing can do better
+    tries = [[ps[b] for ps in chosen.values()] + ([] if solved[b] else [[j] for j in near[b]]) for b in range(len(test))]
     flat = env.score({headline: 1.0}, [q for q, t in zip(test, tries) for _ in t], [ps for t in tries for ps in t], "oracle")
     ends = np.cumsum([len(t) for t in tries])
     chosen["oracle"] = [t[int(np.argmax(flat[e - len(t):e]))] for t, e in zip(tries, ends)]
@@ -326,11 +292,11 @@ def main():
     paired_by_metric = {m: against_all(m) for m in metrics}
     paired = paired_by_metric[headline]
     gap = head["oracle"].mean() - head["none"].mean()
-    trained_with = {k: v for k, v in made_with.items() if k not in ("matcher", "weights")}
-    settings = trained_with | {k: settings[k] for k in ("shots", "reward", "pool", "pool_size", "seed", "n_test", "n_answers", "oracle")}
-    results = {"model": name, "data": made["data"], "n_test": len(test), "n_answers": answered, "shots": args.shots, "seed": args.seed, "headline": headline,
+    trained_with = {k: v for k, v in matcher_settings.items() if k not in ("matcher", "weights")}
+    settings = trained_with | {k: settings[k] for k in ("shots", "reward", "pool", "pool_size", "pool_rows", "max_new_tokens", "seed", "n_test", "n_answers", "oracle")}
+    results = {"model": name, "data": adapter_settings["data"], "n_test": len(test), "n_answers": answered, "shots": args.shots, "seed": args.seed, "headline": headline,
                "metrics": {s: {m: float(a.mean()) for m, a in v.items()} for s, v in scores.items()}, "paired": paired,
-               "paired_by_metric": paired_by_metric, "examples": {"read": len(examples), "kept": len(short), "max_tokens": made["max_tokens"]},
+               "paired_by_metric": paired_by_metric, "examples": {"read": len(examples), "kept": len(short), "max_tokens": adapter_settings["max_tokens"]},
                "gap_closed": float((head["pillow"].mean() - head["none"].mean()) / gap) if gap else None, "llm_calls": calls, "swapped_pool": swapped,
                "seconds": {"train": round(train_seconds, 1), "all": round(time.perf_counter() - start, 1)},
                "collapse": rl.collapse_figures(chosen["pillow"], len(pool)), "cut_answers": len(env.cut & env.asked),
