@@ -443,8 +443,9 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.config = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.n_embd) if cfg.family == "gpt2" else None
+        # without initial values: to draw those for nothing, nn.Embedding imports a second's worth of PyTorch
+        table = lambda rows: nn.Embedding.from_pretrained(torch.empty(rows, cfg.n_embd), freeze=False)
+        self.embed, self.pos_embed = table(cfg.vocab_size), table(cfg.n_ctx) if cfg.family == "gpt2" else None
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         norm = nn.LayerNorm if cfg.family == "gpt2" else RMSNorm
         self.norm = norm(cfg.n_embd, eps=cfg.norm_eps)

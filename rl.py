@@ -95,12 +95,12 @@ class Environment:
     """
 
     def __init__(self, model, enc, pool, max_new_tokens, fingerprint="", memo_path=None, batch_size=64, cache_bytes=1 << 30,
-                 ddp=None):
+                 block=16, ddp=None):
         self.model, self.enc, self.pool, self.ddp = model, enc, pool, ddp or data.Processes()
         self.max_new_tokens, self.batch_size, self.fingerprint = max_new_tokens, batch_size, fingerprint
         self.exemplars = [data.encode_exemplar(enc, e) for e in pool]
         self.opening = data.encode(enc, data.OPENING)  # what follows an exemplar begins with it, whatever it is: cached, too
-        self.prefix_cache = PrefixCache(model, [ids + self.opening for ids in self.exemplars], max_bytes=cache_bytes)
+        self.prefix_cache = PrefixCache(model, [ids + self.opening for ids in self.exemplars], block=block, max_bytes=cache_bytes)
         self.pool_keys = [data.digest(e) for e in pool]
         self.memo, self.asked, self.cut, self.dropped = {}, set(), set(), 0
         self.memo_path = Path(memo_path) if memo_path else None

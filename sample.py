@@ -97,7 +97,7 @@ def main():
     lora.load(model, lora_folder)
     lora.merge(model)
     asking, bm25 = entries_by_question(pool), BM25([data.query_text(e) for e in pool]) if "bm25" in selectors else None
-    env = rl.Environment(model, enc, pool, args.max_new_tokens)
+    env = rl.Environment(model, enc, pool, args.max_new_tokens, block=1)  # a question at a time asks for few exemplars: none is worked out beside them
     rng = np.random.default_rng(args.seed)
 
     def answer(query, h, select):
