@@ -75,9 +75,9 @@ def main():
     # ---- load ----------------------------------------------------------------------------------------
     lora_folder, folder = Path(args.lora or args.out / "lora"), args.out / "matcher"
     if not (lora_folder / "adapter_config.json").exists():
-        raise data.UserError(f"{lora_folder}: no adapter there yet; run python train_lora.py first")
+        raise data.UserError(f"{lora_folder}: no adapter there yet; run python train_lora.py --out {args.out} first")
     if not (folder / "config.json").exists():
-        raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py first")
+        raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py --out {args.out} first")
     matcher, settings = Matcher.load(folder)
     check_settings(settings, folder)
     pool = data.load_examples(args.pool or folder / "pool.json", "--pool")

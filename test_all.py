@@ -3556,7 +3556,7 @@ def test_sample_turns_mistakes_down():
         for word, *flags in [("another model", "--model", "other"), ("another model", "--model", "wide"), ("no such file", "--pool", "nope.jsonl"),
                              ("line 3", "--pool", "bad.jsonl"), ("no examples", "--pool", "empty.jsonl"), ("--shots 3", "--pool", "two.jsonl", "--shots", 3),
                              ("context", "--max_new_tokens", 500), ("context", "--prompt", "x" * 600), ("--prompt", "--prompt", " "),
-                             ("context", "--pool", "long.jsonl")]:
+                             ("context", "--pool", "long.jsonl"), ("train_lora.py --out nowhere", "--out", "nowhere")]:
             assert word in complaint("sample", *(["--prompt", "hello"] if "--prompt" not in flags else []), *flags, cwd=d), flags
         assert "--input" in complaint("sample", "--input", "x", cwd=d)
         for name, flags in (("sample", ["--prompt", "hello"]), ("train_matcher", [])):

@@ -257,7 +257,8 @@ def main():
             raise data.UserError(f"stopped after step {step + 1}, which is saved; go on with --resume")
     bar.close()
     if ddp.rank == 0:
-        print(f"best held-out loss {best:.3f}; adapter in {folder}; next: python train_matcher.py" if not args.full else f"best held-out loss {best:.3f}; model in {folder}")
+        where = "" if args.out == p.get_default("out") else f" --out {args.out}"
+        print(f"best held-out loss {best:.3f}; " + (f"model in {folder}" if args.full else f"adapter in {folder}; next: python train_matcher.py{where}"))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def main():
     folder, state_path, matcher_settings = args.out / "matcher", args.out / "last_matcher.safetensors", {}
     if args.eval_only:
         if not (folder / "config.json").exists():
-            raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py without --eval_only first")
+            raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py --out {args.out} without --eval_only first")
         matcher_settings = data.read_json(folder / "config.json", dict)
         check_settings(matcher_settings, folder)
         if args.seed == p.get_default("seed"):
