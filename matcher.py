@@ -192,11 +192,16 @@ class Matcher(nn.Module):
         return matcher, settings
 
 
-def check_settings(settings, folder):
-    """UserError unless a saved matcher's settings say what sample.py and --eval_only take over from them."""
+def read_settings(folder):
+    """A saved matcher's settings, which sample.py and --eval_only take over. UserError when they are missing, or do not say enough."""
+    path, remedy = folder / "config.json", f"run python train_matcher.py --out {folder.parent} without --eval_only first"
+    if not path.exists():
+        raise UserError(f"{folder}: no matcher there yet; {remedy}")
+    settings = read_json(path, dict)
     if not (has(settings, shots=int, seed=int, reward=dict, max_new_tokens=int, model=str, fingerprint=str, adapter=str)
             and isinstance(settings.get("pool"), str | None) and 1 <= settings["shots"] <= 16 and 0 <= settings["seed"] < 1 << 31 and settings["max_new_tokens"] > 0):
-        raise UserError(f"{folder / 'config.json'}: it does not say what the matcher was made with; run python train_matcher.py again, without --eval_only")
+        raise UserError(f"{path}: it does not say what the matcher was made with; {remedy}")
+    return settings
 
 
 def cached_features(model, enc, examples, what, cache="cache"):

@@ -20,7 +20,7 @@ import torch
 import data
 import lora
 import rl
-from matcher import BM25, Matcher, as_lists, cached_features, check_settings, entries_by_question, forbidden, limits_of, pool_features, select_nearest, select_random
+from matcher import BM25, Matcher, as_lists, cached_features, entries_by_question, forbidden, limits_of, pool_features, read_settings, select_nearest, select_random
 from model import GPT, setup
 
 SELECTORS = ("pillow", "knn", "bm25", "random", "none")
@@ -76,10 +76,8 @@ def main():
     lora_folder, folder = Path(args.lora or args.out / "lora"), args.out / "matcher"
     if not (lora_folder / "adapter_config.json").exists():
         raise data.UserError(f"{lora_folder}: no adapter there yet; run python train_lora.py --out {args.out} first")
-    if not (folder / "config.json").exists():
-        raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py --out {args.out} first")
-    matcher, settings = Matcher.load(folder)
-    check_settings(settings, folder)
+    settings = read_settings(folder)
+    matcher, _ = Matcher.load(folder)
     pool = data.load_examples(args.pool or folder / "pool.json", "--pool")
     shots = args.shots or settings["shots"]
     if shots > len(pool):

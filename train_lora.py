@@ -163,6 +163,7 @@ def main():
                 t.copy_(m)
                 optimizer.state[m] = {"step": torch.tensor(float(step), device=device), "exp_avg": tensors[f"{i}.m"].view_as(m).to(device),
                                       "exp_avg_sq": tensors[f"{i}.v"].view_as(m).to(device)}
+        del tensors  # its weights are copied: with --full half a gigabyte, which would stay for the whole run
         print(f"resumed at step {step}")
 
     def learning_rate(step):

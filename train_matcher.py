@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data
 import lora
 import rl
-from matcher import (BM25, Matcher, as_lists, cached_features, check_settings, choose_greedily, entries_by_question, forbidden, limits_of, pool_features, select_nearest,
+from matcher import (BM25, Matcher, as_lists, cached_features, choose_greedily, entries_by_question, forbidden, limits_of, pool_features, read_settings, select_nearest,
                      select_random)
 from model import GPT, setup
 
@@ -74,10 +74,7 @@ def main():
         data.pointless(p, args, "--no_stop", "stop_prior")
     folder, state_path, matcher_settings = args.out / "matcher", args.out / "last_matcher.safetensors", {}
     if args.eval_only:
-        if not (folder / "config.json").exists():
-            raise data.UserError(f"{folder}: no matcher there yet; run python train_matcher.py --out {args.out} without --eval_only first")
-        matcher_settings = data.read_json(folder / "config.json", dict)
-        check_settings(matcher_settings, folder)
+        matcher_settings = read_settings(folder)
         if args.seed == p.get_default("seed"):
             args.seed = matcher_settings["seed"]
         if not args.pool and matcher_settings["pool"]:
