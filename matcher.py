@@ -80,13 +80,13 @@ class Matcher(nn.Module):
         return (features[:, :C] - self.mean[:C]) / self.std[:C]
 
     def prompts(self, features):
-        """Pool features (n, C + 1) -> v (n, C) unit vectors, quality (n,), z (n, C): what every query meets."""
+        """Pool features (n, C + 1) -> v (n, C) unit vectors, quality (n,), z (n, C), and of a large pool v in float16, or None:
+        what every query meets."""
         z, length = self.z(features), (features[:, -1:] - self.mean[-1]) / self.std[-1]
         out = self.prompt_mlp(torch.cat([z, 10 * length], -1))  # (n, C + 1)
         v = F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1)
-        if len(v) >= 1 << 14 and not torch.is_grad_enabled():
-            v = v.t().contiguous().t()  # laid out channel by channel, one query's product with it takes half the time
-        return v, out[:, -1], z
+        large = len(v) >= 1 << 14 and not torch.is_grad_enabled()  # then reading v is what a choice costs
+        return v, out[:, -1], z, v.half() if large else None
 
     def logits(self, query, pool, chosen, forbidden=None, candidates=None):
         """Unnormalised log pi of every action.
@@ -96,12 +96,13 @@ class Matcher(nn.Module):
         candidates (B, n) bool: if given, only these may be chosen.
         Returns (B, n + 1), the last column being *stop*; -inf where not allowed.
         """
-        v, quality, z_pool = pool
+        v, quality, z_pool, v_half = pool
         z = self.z(query)
         context = z_pool[chosen].mean(1) if chosen.shape[1] else torch.zeros_like(z)  # (B, C)
         out = self.query_mlp(torch.cat([z, context], -1))  # (B, C + 1)
         u = F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1)
-        scores = torch.cat([u @ v.t() + quality, out[:, -1:]], -1) * self.tau.exp()  # (B, n + 1)
+        cosine = u @ v.t() if v_half is None else (u.half() @ v_half.t()).float()
+        scores = torch.cat([cosine + quality, out[:, -1:]], -1)  # (B, n + 1)
         blocked = torch.zeros_like(scores, dtype=torch.bool)
         if chosen.shape[1]:
             blocked.scatter_(1, chosen, True)
@@ -112,7 +113,13 @@ class Matcher(nn.Module):
         blocked[:, -1] = False
         if not self.stop:  # then stop remains only where nothing else does
             blocked[:, -1] = ~blocked[:, :-1].all(1)
-        return scores.masked_fill(blocked, float("-inf"))
+        if v_half is not None:
+            # A cosine of float16 vectors is off by 0.0015 at most (three roundings of 2^-11 each, by Cauchy-Schwarz): whatever
+            # may really be the best is within twice that of the best found, and is worked out again. The choice is exact.
+            possible = scores.masked_fill(blocked, float("-inf"))
+            b, j = (possible[:, :-1] >= possible.amax(1, keepdim=True) - 0.003).nonzero().unbind(1)
+            scores[b, j] = (u[b] * v[j]).sum(-1) + quality[j]
+        return (scores * self.tau.exp()).masked_fill(blocked, float("-inf"))
 
     @torch.no_grad()
     def set_stop_prior(self, p, query, pool, **limits):

@@ -190,23 +190,23 @@ class FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, W, targets):
+    def forward(ctx, h, owner, W, targets):
         total, dh = h.new_zeros((), dtype=torch.float32), torch.empty_like(h)
         for s in range(0, len(h), 64):
-            p = (h[s:s + 64] @ W.t()).float()  # (n, V)
+            p = product(owner, h[s:s + 64], W).float()  # (n, V)
             y = targets[s:s + 64, None]
             log_z = p.logsumexp(-1, keepdim=True)  # (n, 1)
             total += (log_z - p.gather(1, y)).sum()
             if ctx.needs_input_grad[0]:
                 p = p.sub_(log_z).exp_()
                 p.scatter_add_(1, y, -torch.ones_like(log_z))
-                dh[s:s + 64] = p.to(h.dtype) @ W
+                dh[s:s + 64] = product(owner, p.to(h.dtype), W, transposed=True)
         ctx.save_for_backward(dh)
         return total
 
     @staticmethod
     def backward(ctx, d):
-        return ctx.saved_tensors[0] * d, None, None
+        return ctx.saved_tensors[0] * d, None, None, None
 
 
 def rope_table(cfg, positions, dtype):
@@ -243,25 +243,53 @@ def can_pack(dtype):
         return False
 
 
-def linear(owner, x, weight, bias=None):
-    """x W^T + b; in inference on a CPU from a packed copy of the weight, which `owner` (a module) remembers.
+def product(owner, x, weight, bias=None, transposed=False):
+    """x W^T + b, or x W if `transposed`, for a weight (out, in) that does not train: on a CPU from a packed copy of it,
+    which `owner` (a module) remembers.
 
-    oneDNN multiplies blocked matrices. Given a plain one, F.linear re-orders it in every call, which costs up to as
-    much as the product itself when few rows go through: a decoding step of 64 rows runs 1.2 to 1.4 times as fast from
-    the packed copy, to the same last bit in bfloat16. Its price is that second copy; `packing` turns it off.
+    oneDNN multiplies blocked matrices. Given a plain one, F.linear re-orders it in every call, which costs a tenth of the
+    product with 1,500 rows and up to as much as the product itself with few: from the packed copy a LoRA step is 1.1 and a
+    decoding step of 64 rows 1.2 to 1.4 times as fast, to the same last bit in bfloat16. Its price is that copy, and one
+    more for training's x W; `packing` turns them off.
     """
-    if not (owner.packing and torch.is_inference_mode_enabled() and x.device.type == "cpu" and can_pack(x.dtype)):
-        owner.packed = None  # training has no use for the copy, but for its memory
-        return F.linear(x, weight, bias)
+    if not (owner.packing and x.device.type == "cpu" and can_pack(x.dtype)):
+        return x @ weight if transposed else F.linear(x, weight, bias)
     now = weight.data_ptr(), weight._version  # merging LoRA changes the first, an optimiser the second
     if owner.packed is None or owner.packed[0] != now:
-        # the weight itself is kept beside its copy, so that no other tensor can get its address meanwhile
-        owner.packed = now, torch.ops.mkldnn._reorder_linear_weight(weight.detach()), weight.data
-    return torch.ops.mkldnn._linear_pointwise(x, owner.packed[1], bias, "none", [], "")
+        # the weight itself is kept beside its copies, so that no other tensor can get its address meanwhile
+        owner.packed = now, weight.data, {}
+    copies = owner.packed[2]
+    if transposed not in copies:
+        plain = weight.detach().t().contiguous() if transposed else weight.detach()
+        copies[transposed] = torch.ops.mkldnn._reorder_linear_weight(plain)
+    return torch.ops.mkldnn._linear_pointwise(x, copies[transposed], bias, "none", [], "")
+
+
+class FrozenLinear(torch.autograd.Function):
+    """`product` with its backward pass, dx = dy W: of a layer that does not train nothing else is asked."""
+
+    @staticmethod
+    def forward(ctx, x, owner, weight, bias):
+        ctx.owner, ctx.weight = owner, weight
+        return product(owner, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return product(ctx.owner, dy, ctx.weight, transposed=True), None, None, None
+
+
+def linear(owner, x, weight, bias=None):
+    """x W^T + b, by whatever is fastest for a weight that trains or does not."""
+    if torch.is_grad_enabled() and (weight.requires_grad or bias is not None and bias.requires_grad):
+        owner.packed = None  # it is about to change
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return FrozenLinear.apply(x, owner, weight, bias)
+    return product(owner, x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """nn.Linear through `linear`."""
+    """nn.Linear through `linear`; one that LoRA froze trains nothing, and is multiplied from packed copies."""
 
     packing, packed = True, None
 
@@ -437,7 +465,7 @@ def pad(rows, device=None, fill=0):
 
 
 class GPT(nn.Module):
-    packing, packed = True, None  # see `linear`: for the tied output head
+    packing, packed = True, None  # see `product`: for the tied output head
     memory = None  # the last batch's keys and values, for the next: fresh pages from the system take longer than clearing old ones
 
     def __init__(self, cfg):
@@ -491,10 +519,11 @@ class GPT(nn.Module):
     def loss(self, ids, where, targets, lengths=None):
         """Sum of -log p(target) over chosen positions of ids (B, T): flat positions (N,), their next tokens (N,)."""
         h = self.hidden(ids, None, lengths).flatten(0, 1)[where]  # (N, C): the head is applied to these only
-        head = self.embed.weight if self.lm_head is None else self.lm_head.weight
-        if head.requires_grad:
+        head = self if self.lm_head is None else self.lm_head  # which remembers the packed copies of
+        weight = self.embed.weight if self.lm_head is None else self.lm_head.weight
+        if weight.requires_grad:
             return F.cross_entropy(self.logits(h).float(), targets, reduction="sum")
-        return FrozenHeadLoss.apply(h, head, targets)
+        return FrozenHeadLoss.apply(h, head, weight, targets)
 
     # ---- what PILLOW asks of a language model --------------------------------------------------
 

@@ -1370,6 +1370,45 @@ def test_packed_weights_change_no_answer():
             assert (h[a] - h[b]).abs().max() > 1e-3, (a, b)  # each of these changes is one that shows
 
 
+def test_packed_weights_change_no_gradient():
+    """A LoRA step multiplies from packed copies, forwards and backwards, and never from those of an earlier weight."""
+    for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
+        if not model.can_pack(dtype):
+            raise Skip(f"this PyTorch or CPU does not multiply packed {dtype} weights")
+        results = {}
+        for packing in (True, False):
+            m = tiny(config, dtype=dtype)
+            torch.manual_seed(0)
+            lora.inject(m, 4, 64)
+            for module in m.modules():
+                module.packing = packing
+            torch.manual_seed(1)
+            for layer in lora.layers(m).values():
+                torch.nn.init.normal_(layer.lora_B)
+            batch = train_lora.make_batch([0, 1], [[1], []], {0: [3, 4, 5], 1: [8, 2]}, {0: [6, 7], 1: [9, 4, 1]}, [2], "cpu")
+            found = results[packing] = []
+
+            def step():
+                m.zero_grad()
+                loss = m.loss(*batch)
+                loss.backward()
+                found.append(torch.cat([loss.detach().view(1)] + [p.grad.flatten() for p in lora.parameters(m)]))
+
+            step()
+            with torch.no_grad():
+                for p in m.parameters():
+                    p.requires_grad or p.neg_()  # in place, as an optimiser changes a weight
+            step()
+            lora.merge(m)
+            m.generate([[3, 4]], 2, eos_ids=())
+            lora.unmerge(m)
+            step()
+            assert any(getattr(x, "packed", None) for x in m.modules()) == packing
+        for with_it, without in zip(results[True], results[False]):
+            close(with_it / without.abs().max(), without / without.abs().max(), 1e-5 if dtype == torch.float32 else 0)
+        assert torch.equal(results[True][1], results[True][2]) and (results[True][0] - results[True][1]).abs().max() > 1e-2
+
+
 def test_padding_is_left_out_and_changes_nothing():
     prompts = ragged(5, 40, 1, 17, 40)
     for config in BOTH:
@@ -1940,13 +1979,15 @@ def test_the_loss_under_a_frozen_head_is_cross_entropy_with_its_gradient():
     rng = torch.Generator().manual_seed(0)
     W, targets = torch.randn(V, 32, generator=rng), torch.randint(V, (150,), generator=rng)
     results = []
-    for loss in (model.FrozenHeadLoss.apply, lambda h, W, y: F.cross_entropy((h @ W.t()).double(), y, reduction="sum")):
+    ours = [functools.partial(lambda owner, h, W, y: model.FrozenHeadLoss.apply(h, owner, W, y), types.SimpleNamespace(packing=packing, packed=None)) for packing in (True, False)]
+    for loss in (*ours, lambda h, W, y: F.cross_entropy((h @ W.t()).double(), y, reduction="sum")):
         h = torch.randn(150, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
         value = loss(h, W, targets) * 0.5
         value.backward()
         results.append((value / 150, h.grad))
-    close(results[0][0], results[1][0], 1e-5)
-    close(results[0][1], results[1][1], 1e-5)
+    for value, gradient in results[:2]:
+        close(value, results[2][0], 1e-5)
+        close(gradient, results[2][1], 1e-5)
 
 
 def test_training_text_is_what_the_model_will_be_asked():
@@ -2622,16 +2663,28 @@ def test_the_entropy_bonus_acts_below_its_floor_only():
     assert not any(g.any() for g in step(m, pool, query, picks, rewards, entropy + 0.08, 1.0)[0].values())
 
 
-def test_a_large_pool_is_laid_out_by_channel_and_chosen_from_alike():
+def test_choosing_from_a_large_pool_in_float16_is_exact():
+    """Entries closer together than float16 can tell: the choice is as good as float32's, in every shot and under every limit."""
     torch.manual_seed(0)
-    m, pool, query = matcher.Matcher(8, 16), torch.randn(1 << 14, 9), torch.randn(20, 8)
+    n, m, query = 1 << 14, matcher.Matcher(64, 16), torch.randn(20, 64)
+    pool = torch.randn(n, 65)
+    pool[:10_000, :64] = query.repeat(500, 1) + 0.01 * torch.randn(10_000, 64)  # 500 near copies of each query
+    blocked = torch.rand(20, n) < 0.3
     with torch.no_grad():
-        v, quality, z = m.prompts(pool)
-        assert v.stride() == (1, len(pool))
-        want = m.act(query, (v.contiguous(), quality, z), 2)
-        got = m.act(query, (v, quality, z), 2)
-        assert torch.equal(got[0], want[0]) and close(got[1], want[1], 1e-6)
-        assert m.prompts(pool[1:])[0].is_contiguous()
+        v, quality, z, half = m.prompts(pool)
+        assert half.dtype == torch.float16 and m.prompts(pool[1:])[3] is None
+        u = F.normalize(m.z(query), dim=-1)
+        cosine = u.double() @ v.double().t()
+        rough = (u.half() @ half.t()).argmax(-1, keepdim=True)
+        assert (cosine.amax(1, keepdim=True) - cosine.gather(1, rough)).max() > 1e-5  # float16 alone would choose wrongly
+        for limits in ({}, {"forbidden": blocked}, {"forbidden": blocked, "candidates": torch.rand(20, n) < 0.5}):
+            want, p = m.act(query, (v, quality, z, None), 2, **limits)
+            got, q = m.act(query, (v, quality, z, half), 2, **limits)
+            assert close(cosine.gather(1, got), cosine.gather(1, want), 5e-7) and close(q / p, torch.ones_like(p), 0.02)
+            assert not blocked.gather(1, got).any() or not limits
+        m.query_mlp[-1].bias[-1] = 2.0  # *stop* above them all
+        assert (m.act(query, (v, quality, z, half), 2)[0] == matcher.STOP).all()
+    assert m.prompts(pool)[3] is None  # under gradients everything stays float32
 
 
 def test_the_stop_prior_is_the_median_querys_chance_of_stopping():
