@@ -247,10 +247,10 @@ def product(owner, x, weight, bias=None, transposed=False):
     """x W^T + b, or x W if `transposed`, for a weight (out, in) that does not train: on a CPU from a packed copy of it,
     which `owner` (a module) remembers.
 
-    oneDNN multiplies blocked matrices. Given a plain one, F.linear re-orders it in every call, which costs a tenth of the
-    product with 1,500 rows and up to as much as the product itself with few: from the packed copy a LoRA step is 1.1 and a
-    decoding step of 64 rows 1.2 to 1.4 times as fast, to the same last bit in bfloat16. Its price is that copy, and one
-    more for training's x W; `packing` turns them off.
+    oneDNN multiplies blocked matrices. Given a plain one, F.linear re-orders it in every call, which costs up to a tenth of
+    the product with 1,500 rows and up to as much as the product itself with few: from packed copies a LoRA step runs 1.05 and
+    a decoding step of 64 rows 1.2 to 1.4 times as fast, to the same last bit in bfloat16. The price is one copy of the weight,
+    and in training another for x W; `packing` turns both off.
     """
     if not (owner.packing and x.device.type == "cpu" and can_pack(x.dtype)):
         return x @ weight if transposed else F.linear(x, weight, bias)
@@ -519,7 +519,7 @@ class GPT(nn.Module):
     def loss(self, ids, where, targets, lengths=None):
         """Sum of -log p(target) over chosen positions of ids (B, T): flat positions (N,), their next tokens (N,)."""
         h = self.hidden(ids, None, lengths).flatten(0, 1)[where]  # (N, C): the head is applied to these only
-        head = self if self.lm_head is None else self.lm_head  # which remembers the packed copies of
+        head = self if self.lm_head is None else self.lm_head  # the module that remembers the weight's packed copies
         weight = self.embed.weight if self.lm_head is None else self.lm_head.weight
         if weight.requires_grad:
             return F.cross_entropy(self.logits(h).float(), targets, reduction="sum")
