@@ -85,7 +85,7 @@ class Matcher(nn.Module):
         z, length = self.z(features), (features[:, -1:] - self.mean[-1]) / self.std[-1]
         out = self.prompt_mlp(torch.cat([z, 10 * length], -1))  # (n, C + 1)
         v = F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1)
-        large = len(v) >= 1 << 14 and not torch.is_grad_enabled()  # then reading v is what a choice costs
+        large = len(v) >= 1 << 12 and not torch.is_grad_enabled()  # then reading v is what a choice costs
         return v, out[:, -1], z, v.half() if large else None
 
     def logits(self, query, pool, chosen, forbidden=None, candidates=None):
