@@ -4005,7 +4005,7 @@ def bench(parts=()):
     for n in (1, 4, 16, 64, 128):
         race(f"rollouts, batch {n}, 16 new tokens, nothing cached", "rollouts/s", n, lambda: mine.generate((prompts * 2)[:n], 16, eos_ids=(), batch_size=n), rounds=3)
     tower = matcher.Matcher(576)
-    for n in (100, 1_000, 10_000, 100_000):
+    for n in (100, 1_000, 10_000, 30_000, 100_000):
         h_pool = torch.randn(n, 577)
         with torch.no_grad():
             keys = tower.prompts(h_pool)
