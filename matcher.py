@@ -29,9 +29,11 @@ Left out on purpose: attention between query and exemplars, approximate nearest-
 scan of 100,000 entries takes milliseconds).
 """
 
+import functools
 import hashlib
 import math
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -45,6 +47,21 @@ from data import (UserError, digest_file, encode_answer, encode_query, has, quer
                   write_checkpoint, write_json, write_safetensors)
 
 STOP = -1  # in a sequence of picks: "no further exemplar"
+
+
+@functools.cache
+def half_is_faster():
+    """Whether one query meets a large pool faster in float16, half the bytes to read. Some CPUs and versions of PyTorch convert
+    or multiply number by number and are many times slower; the way to know is to try, which takes some 20 ms."""
+    best = {}
+    for dtype in (torch.float32, torch.float16):
+        u, v, seconds = torch.ones(1, 576, dtype=dtype), torch.ones(1 << 13, 576, dtype=dtype), []
+        for _ in range(5):
+            start = time.perf_counter()
+            u @ v.t()
+            seconds.append(time.perf_counter() - start)
+        best[dtype] = min(seconds)
+    return best[torch.float16] < 0.8 * best[torch.float32]
 
 
 class Matcher(nn.Module):
@@ -80,13 +97,13 @@ class Matcher(nn.Module):
         return (features[:, :C] - self.mean[:C]) / self.std[:C]
 
     def prompts(self, features):
-        """Pool features (n, C + 1) -> v (n, C) unit vectors, quality (n,), z (n, C), and of a large pool v in float16, or None:
+        """Pool features (n, C + 1) -> v (n, C) unit vectors, quality (n,), z (n, C), and of a large pool v in float16 where that is faster, or None:
         what every query meets."""
         z, length = self.z(features), (features[:, -1:] - self.mean[-1]) / self.std[-1]
         out = self.prompt_mlp(torch.cat([z, 10 * length], -1))  # (n, C + 1)
         v = F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1)
         large = len(v) >= 1 << 12 and not torch.is_grad_enabled()  # then reading v is what a choice costs
-        return v, out[:, -1], z, v.half() if large else None
+        return v, out[:, -1], z, v.half() if large and half_is_faster() else None
 
     def logits(self, query, pool, chosen, forbidden=None, candidates=None):
         """Unnormalised log pi of every action.

@@ -2670,7 +2670,9 @@ def test_choosing_from_a_large_pool_in_float16_is_exact():
     pool = torch.randn(n, 65)
     pool[:2000, :64] = query.repeat(100, 1) + 0.01 * torch.randn(2000, 64)  # 100 near copies of each query
     blocked = torch.rand(20, n) < 0.3
-    with torch.no_grad():
+    with torch.no_grad(), unittest.mock.patch.object(matcher, "half_is_faster", lambda: False):
+        assert m.prompts(pool)[3] is None
+    with torch.no_grad(), unittest.mock.patch.object(matcher, "half_is_faster", lambda: True):
         v, quality, z, half = m.prompts(pool)
         assert half.dtype == torch.float16 and m.prompts(pool[1:])[3] is None
         u = F.normalize(m.z(query), dim=-1)
@@ -2685,6 +2687,7 @@ def test_choosing_from_a_large_pool_in_float16_is_exact():
         m.query_mlp[-1].bias[-1] = 2.0  # *stop* above them all
         assert (m.act(query, (v, quality, z, half), 2)[0] == matcher.STOP).all()
     assert m.prompts(pool)[3] is None  # under gradients everything stays float32
+    assert matcher.half_is_faster() in (True, False)
 
 
 def test_the_stop_prior_is_the_median_querys_chance_of_stopping():
