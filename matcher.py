@@ -33,7 +33,6 @@ import functools
 import hashlib
 import math
 import re
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -45,6 +44,7 @@ from tqdm import tqdm
 
 from data import (UserError, digest_file, encode_answer, encode_query, has, query_text, read_checkpoint, read_json, read_safetensors, same_question,
                   write_checkpoint, write_json, write_safetensors)
+from model import faster_than_float32
 
 STOP = -1  # in a sequence of picks: "no further exemplar"
 
@@ -53,15 +53,7 @@ STOP = -1  # in a sequence of picks: "no further exemplar"
 def half_is_faster():
     """Whether one query meets a large pool faster in float16, half the bytes to read. Some CPUs and versions of PyTorch convert
     or multiply number by number and are many times slower; the way to know is to try, which takes some 20 ms."""
-    best = {}
-    for dtype in (torch.float32, torch.float16):
-        u, v, seconds = torch.ones(1, 576, dtype=dtype), torch.ones(1 << 13, 576, dtype=dtype), []
-        for _ in range(5):
-            start = time.perf_counter()
-            u @ v.t()
-            seconds.append(time.perf_counter() - start)
-        best[dtype] = min(seconds)
-    return best[torch.float16] < 0.8 * best[torch.float32]
+    return faster_than_float32(torch.float16, 1, 1 << 13) > 1.25
 
 
 class Matcher(nn.Module):
@@ -96,14 +88,22 @@ class Matcher(nn.Module):
         C = self.settings["C"]
         return (features[:, :C] - self.mean[:C]) / self.std[:C]
 
-    def prompts(self, features):
-        """Pool features (n, C + 1) -> v (n, C) unit vectors, quality (n,), z (n, C), and of a large pool v in float16 where that is faster, or None:
-        what every query meets."""
+    def prompts(self, features, single=False):
+        """Pool features (n, C + 1) -> v (n, C) unit vectors, quality (n,), z (n, C), and v in float16 or None: what every query meets.
+
+        single: queries will come one at a time. Then reading v is what a choice from a large pool costs: in float16 it takes a third
+        or less where the CPU is up to it, elsewhere laid out channel by channel half. (64 queries at once are slower in float16.)
+        """
         z, length = self.z(features), (features[:, -1:] - self.mean[-1]) / self.std[-1]
         out = self.prompt_mlp(torch.cat([z, 10 * length], -1))  # (n, C + 1)
         v = F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1)
-        large = len(v) >= 1 << 12 and not torch.is_grad_enabled()  # then reading v is what a choice costs
-        return v, out[:, -1], z, v.half() if large and half_is_faster() else None
+        v_half = None
+        if single and len(v) >= 1 << 12 and not torch.is_grad_enabled():
+            if half_is_faster():
+                v_half = v.half()
+            else:
+                v = v.t().contiguous().t()
+        return v, out[:, -1], z, v_half
 
     def logits(self, query, pool, chosen, forbidden=None, candidates=None):
         """Unnormalised log pi of every action.
@@ -131,7 +131,7 @@ class Matcher(nn.Module):
         if not self.stop:  # then stop remains only where nothing else does
             blocked[:, -1] = ~blocked[:, :-1].all(1)
         if v_half is not None:
-            # A cosine of float16 vectors is off by 0.0015 at most (three roundings of 2^-11 each, by Cauchy-Schwarz): whatever
+            # A cosine of float16 vectors summed in float32 is off by 0.0015 at most (three roundings of 2^-11 each, by Cauchy-Schwarz): whatever
             # may really be the best is within twice that of the best found, and is worked out again. The choice is exact.
             possible = scores.masked_fill(blocked, float("-inf"))
             b, j = (possible[:, :-1] >= possible.amax(1, keepdim=True) - 0.003).nonzero().unbind(1)

@@ -253,6 +253,7 @@ def product(owner, x, weight, bias=None, transposed=False):
     and in training another for x W; `packing` turns both off.
     """
     if not (owner.packing and x.device.type == "cpu" and can_pack(x.dtype)):
+        owner.packed = None  # copies of before packing was turned off would stay in memory, with the weight they were made of
         return x @ weight if transposed else F.linear(x, weight, bias)
     now = weight.data_ptr(), weight._version  # merging LoRA changes the first, an optimiser the second
     if owner.packed is None or owner.packed[0] != now:
@@ -484,6 +485,11 @@ class GPT(nn.Module):
     def device(self):
         return self.embed.weight.device
 
+    @property
+    def head(self):
+        """The output head: the module that remembers its packed copies, and the weight (V, C)."""
+        return (self, self.embed.weight) if self.lm_head is None else (self.lm_head, self.lm_head.weight)
+
     # ---- forward -------------------------------------------------------------------------------
 
     def hidden(self, ids, cache=None, lengths=None, where=None):
@@ -510,7 +516,7 @@ class GPT(nn.Module):
 
     def logits(self, h):
         """Final hidden states (..., C) -> logits (..., V). Called only where logits are used."""
-        return linear(self, h, self.embed.weight) if self.lm_head is None else self.lm_head(h)
+        return linear(self.head[0], h, self.head[1])
 
     def forward(self, ids):
         """ids (B, T) -> logits (B, T, V)."""
@@ -519,11 +525,10 @@ class GPT(nn.Module):
     def loss(self, ids, where, targets, lengths=None):
         """Sum of -log p(target) over chosen positions of ids (B, T): flat positions (N,), their next tokens (N,)."""
         h = self.hidden(ids, None, lengths).flatten(0, 1)[where]  # (N, C): the head is applied to these only
-        head = self if self.lm_head is None else self.lm_head  # the module that remembers the weight's packed copies
-        weight = self.embed.weight if self.lm_head is None else self.lm_head.weight
+        owner, weight = self.head
         if weight.requires_grad:
             return F.cross_entropy(self.logits(h).float(), targets, reduction="sum")
-        return FrozenHeadLoss.apply(h, head, weight, targets)
+        return FrozenHeadLoss.apply(h, owner, weight, targets)
 
     # ---- what PILLOW asks of a language model --------------------------------------------------
 
@@ -800,6 +805,19 @@ def pick_device(name="auto"):
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def faster_than_float32(dtype, rows, out):
+    """How many times as fast this CPU multiplies (rows, 576) by (576, out) in `dtype`: the best of five tries of each."""
+    seconds = {}
+    for kind in (torch.float32, dtype):
+        x, w, runs = torch.ones(rows, 576, dtype=kind), torch.ones(out, 576, dtype=kind), []
+        for _ in range(5):
+            start = time.perf_counter()
+            F.linear(x, w)
+            runs.append(time.perf_counter() - start)
+        seconds[kind] = min(runs)
+    return seconds[torch.float32] / seconds[dtype]
+
+
 def pick_dtype(name, device):
     """-> (dtype, the reason, for the user to read). On a CPU 'auto' measures: bfloat16 is up to 4x faster where
     the instructions exist (AVX512-BF16, AMX, Arm BF16), and slower than float32 where they do not."""
@@ -810,16 +828,7 @@ def pick_dtype(name, device):
         return (torch.bfloat16, "this GPU has it") if fast else (torch.float32, "this GPU has no bfloat16")
     if device != "cpu":
         return torch.float32, f"the safe choice on {device}"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-        runs = []
-        for _ in range(5):
-            start = time.perf_counter()
-            F.linear(x, w)
-            runs.append(time.perf_counter() - start)
-        seconds[dtype] = min(runs)
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    ratio = faster_than_float32(torch.bfloat16, 512, 1536)
     return (torch.bfloat16 if ratio > 1.5 else torch.float32), f"this CPU multiplies {ratio:.1f}x as fast in bfloat16"
 
 

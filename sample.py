@@ -32,7 +32,7 @@ def visible(text):
 
 
 def choose(select, matcher, query, h, asking, keys, bm25, shots, rng):
-    """-> (pool indices, their probabilities or None) for one query; h (1, C), asking = entries_by_question(pool), keys = matcher.prompts(pool features)."""
+    """-> (pool indices, their probabilities or None) for one query; h (1, C), asking = entries_by_question(pool), keys: of the pool, from matcher.prompts."""
     mask = forbidden([query], asking, len(keys[0]))
     if select == "none":
         return [], None
@@ -89,7 +89,7 @@ def main():
     if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, adapter):
         raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; run python train_matcher.py again")
     with torch.no_grad():
-        keys = matcher.prompts(pool_features(enc, pool, cached_features(model, enc, pool, "the pool")))
+        keys = matcher.prompts(pool_features(enc, pool, cached_features(model, enc, pool, "the pool")), single=True)
     for module in model.modules():
         module.packing = False  # the weights change twice a question (see `ask`): to pack them anew takes longer than it saves
     lora.load(model, lora_folder)

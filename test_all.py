@@ -1361,6 +1361,11 @@ def test_packed_weights_change_no_answer():
                     if isinstance(module, model.Linear):
                         module.weight.neg_()
             ask()
+            assert any(getattr(module, "packed", None) for module in m.modules()) == packing
+            for module in m.modules():
+                module.packing = False
+            m.generate(prompts, 8, eos_ids=())
+            assert not any(getattr(module, "packed", None) for module in m.modules())  # turned off, the copies go
         for with_it, without in zip(results[True], results[False]):
             close(with_it[1], without[1], 1e-5 if dtype == torch.float32 else 0)
             assert with_it[0] == without[0]
@@ -2671,10 +2676,15 @@ def test_choosing_from_a_large_pool_in_float16_is_exact():
     pool[:2000, :64] = query.repeat(100, 1) + 0.01 * torch.randn(2000, 64)  # 100 near copies of each query
     blocked = torch.rand(20, n) < 0.3
     with torch.no_grad(), unittest.mock.patch.object(matcher, "half_is_faster", lambda: False):
-        assert m.prompts(pool)[3] is None
+        v, quality, z, half = m.prompts(pool, single=True)
+        assert half is None and v.stride() == (1, n)
+        want, p = m.act(query, (v.contiguous(), quality, z, None), 2)
+        got, q = m.act(query, (v, quality, z, None), 2)
+        assert close(got, want, 0) and close(q, p, 1e-6)
+        assert m.prompts(pool[1:], single=True)[0].is_contiguous()
     with torch.no_grad(), unittest.mock.patch.object(matcher, "half_is_faster", lambda: True):
-        v, quality, z, half = m.prompts(pool)
-        assert half.dtype == torch.float16 and m.prompts(pool[1:])[3] is None
+        v, quality, z, half = m.prompts(pool, single=True)
+        assert half.dtype == torch.float16 and m.prompts(pool[1:], single=True)[3] is None and m.prompts(pool)[3] is None
         u = F.normalize(m.z(query), dim=-1)
         cosine = u.double() @ v.double().t()
         rough = (u.half() @ half.t()).argmax(-1, keepdim=True)
@@ -2686,7 +2696,7 @@ def test_choosing_from_a_large_pool_in_float16_is_exact():
             assert not blocked.gather(1, got).any() or not limits
         m.query_mlp[-1].bias[-1] = 2.0  # *stop* above them all
         assert (m.act(query, (v, quality, z, half), 2)[0] == matcher.STOP).all()
-    assert m.prompts(pool)[3] is None  # under gradients everything stays float32
+    assert m.prompts(pool, single=True)[3] is None  # under gradients everything stays float32
     assert matcher.half_is_faster() in (True, False)
 
 
@@ -4011,7 +4021,7 @@ def bench(parts=()):
     for n in (100, 1_000, 10_000, 30_000, 100_000):
         h_pool = torch.randn(n, 577)
         with torch.no_grad():
-            keys = tower.prompts(h_pool)
+            keys = tower.prompts(h_pool, single=True)
             race(f"choosing one exemplar of {n:,}", "choices/s", 1, lambda: tower.act(torch.randn(1, 576), keys, 1), rounds=21)
     for n, shots in ((200, 1), (200, 2), (200, 3), (2_000, 1), (2_000, 3), (20_000, 1)):
         h_pool, tower = torch.randn(n, 577), matcher.Matcher(576)
