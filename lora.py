@@ -5,73 +5,42 @@ A linear layer y = W x is frozen and a product of two thin matrices is trained b
 
     y = W x + (alpha / r) B A x        A (r, in) random, B (out, r) zero, so training starts at W
 
-`inject` walks the model and puts a `LoRALinear` around every layer whose name is a target; `merge`
-folds the product into W, so that rollouts run at the speed of the plain model; `save` and `load` use
-`adapter_config.json` + `adapter_model.safetensors` as PEFT does: either program reads the other's.
+`inject` puts a `LoRALinear` around every target layer; `merge` folds the product into W, so that the model
+runs at its plain speed; `save` and `load` use PEFT's files, so that either program reads the other's.
 
-Try it:
+    python lora.py      # a layer wrapped, trained and merged
 
-    python -c "import model, lora; m = model.GPT.from_pretrained('smollm2-135m'); print(lora.inject(m, 8, 16))"
-
-Left out on purpose: adapters on embeddings and on the output head (merging one into a *tied* head
-would change the embedding too), DoRA, several adapters at once, per-layer ranks. Files that ask for
-these are refused.
+Left out on purpose: adapters on embeddings and on the output head (merging one into a *tied* head would
+change the embedding too), DoRA, several adapters at once, ranks of a layer's own. Files that ask for these
+are refused.
 """
 
 import contextlib
+import hashlib
+import json
 import math
+import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, digest_file, read_json, read_safetensors, write_json, write_safetensors
+import data
+from data import UserError
 from model import hf_keys
 
 
-class LowRank(torch.autograd.Function):
-    """y + s * (x A^T) B^T, with the backward pass written out.
-
-    Autograd would do the same; written by hand it keeps x A^T (r numbers a token) and x itself, scales the
-    thin matrix instead of the wide one, and adds into y in place: in a training step on a CPU that is
-    memory traffic saved in each of 210 layers.
-    """
-
-    @staticmethod
-    def forward(ctx, y, x, A, B, s):
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        x2 = x.flatten(0, -2)
-        z = x2 @ A.t()  # (N, r)
-        y.flatten(0, -2).addmm_(z, B.t(), alpha=s)
-        ctx.save_for_backward(x2, z, A, B)
-        ctx.s, ctx.shape = s, x.shape
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x2, z, A, B = ctx.saved_tensors
-        d = dy.flatten(0, -2)  # (N, out)
-        dz = (d @ B) * ctx.s  # (N, r)
-        dA = (dz.t() @ x2).float()  # (r, in)
-        dB = (d.t() @ z).float() * ctx.s  # (out, r)
-        dx = (dz @ A).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        return dy, dx, dA, dB, None
-
-
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with a low-rank update beside it. Adapters stay in float32, whatever the base is."""
+    """A frozen nn.Linear with a low-rank update beside it. A and B stay in float32, whatever the base is."""
 
     def __init__(self, base, r, scale, dropout=0.0):
         super().__init__()
-        self.base, self.r, self.scale, self.dropout = base, r, scale, dropout
+        self.base, self.scale, self.dropout = base, scale, dropout
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.original = None  # the base weight, while merged
-        self.merged = None  # (merged weight, version of A and B it was made of), once merged
-        self.active = True  # False inside `bare`: the frozen layer alone
+        self.original, self.enabled = None, True  # original: the base weight, while merged
 
     def delta(self):
         """(alpha / r) B A: (out, in) float32."""
@@ -79,11 +48,11 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.base(x)
-        if self.original is not None or not self.active:
+        if self.original is not None or not self.enabled:
             return y
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        return LowRank.apply(y, x, self.lora_A, self.lora_B, self.scale)
+        return y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
 
 def layers(model):
@@ -91,58 +60,55 @@ def layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def parameters(model):
+    """What trains: every A and B."""
+    return [p for m in layers(model).values() for p in (m.lora_A, m.lora_B)]
+
+
 def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
     """Freeze `model` and wrap its target layers; returns how many parameters now train.
 
-    targets: names such as "q_proj,v_proj" (or a list), or "all" for every linear layer of the blocks. As in PEFT,
-    a name stands for every layer whose full name, ours or Hugging Face's, ends in it.
-    rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
-    UserError when r is not positive or a name matches no layer.
+    targets: names such as "q_proj,v_proj" (or a list); "all" stands for every linear layer of the blocks, a
+    name for every layer whose full name, ours or Hugging Face's, ends in it. rslora: scale by alpha /
+    sqrt(r) (Kalajdzievski 2023). UserError when a name matches no layer or r is no rank.
     """
-    if r < 1:
-        raise UserError(f"--rank must be at least 1, not {r}")
-    found = {name: m for name, m in model.blocks.named_modules() if isinstance(m, nn.Linear)}
-    leaves = sorted({name.split(".")[-1] for name in found})
-    if targets == "all":
-        targets = leaves
-    targets = targets.split(",") if isinstance(targets, str) else list(targets)
-    keys = hf_keys(model.config)
-    full = {n: (f".blocks.{n}", "." + keys[f"blocks.{n}.weight"][0].removesuffix(".weight")) for n in found}
-    hits = {t: [n for n in found if any(name.endswith("." + t) for name in full[n])] for t in targets}
-    if unknown := [t for t in targets if not hits[t]]:
-        raise UserError(f"--targets: no layer is called {unknown[0]!r}; this model has {', '.join(leaves)}")
-    thinnest = min(found[n].in_features for names in hits.values() for n in names)
-    if r > thinnest:
-        raise UserError(f"--rank {r} is more than the {thinnest} inputs of a layer: nothing would be low-rank about it")
-    model.requires_grad_(False)
-    for name in sorted({n for names in hits.values() for n in names}, key=list(found).index):
-        parent, leaf = name.rsplit(".", 1)
-        wrapped = LoRALinear(found[name], r, alpha / math.sqrt(r) if rslora else alpha / r, dropout)
-        setattr(model.blocks.get_submodule(parent), leaf, wrapped.train(model.training))
-    model.lora_config = {"r": r, "lora_alpha": alpha, "target_modules": targets, "lora_dropout": dropout, "use_rslora": rslora}
+    names = targets.split(",") if isinstance(targets, str) else list(targets)
+    found = linear_layers(model)
+    hits = {t: [n for n, theirs in found.items() if targets == "all" or ends_in(t, n, theirs)] for t in names}
+    if missing := [t for t in names if not hits[t]]:
+        leaves = sorted({n.split(".")[-1] for n in found})
+        raise UserError(f"--targets: no layer is called {missing[0]!r}; this model has {', '.join(leaves)}")
+    chosen = {n for ns in hits.values() for n in ns}
+    if layers(model):
+        raise UserError("the model carries an adapter already")
+    thinnest = min(model.get_submodule(n).in_features for n in chosen)
+    if not 1 <= r <= thinnest:
+        raise UserError(f"--rank {r}: a rank is between 1 and {thinnest}, the inputs of a layer")
+    wrap(model, chosen, r, alpha, dropout, rslora)
     return sum(p.numel() for p in parameters(model))
 
 
-def parameters(model):
-    """The parameters that train: every A and B."""
-    return [p for m in layers(model).values() for p in (m.lora_A, m.lora_B)]
+def wrap(model, names, r, alpha, dropout, rslora):
+    model.requires_grad_(False)
+    for name in linear_layers(model):
+        if name in names:
+            parent, leaf = name.rsplit(".", 1)
+            base = model.get_submodule(name)
+            layer = LoRALinear(base, r, alpha / math.sqrt(r) if rslora else alpha / r, dropout)
+            setattr(model.get_submodule(parent), leaf, layer.train(model.training))
+    model.lora_config = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora}
 
 
 @torch.no_grad()
 def merge(model, keep_base=True):
     """W <- W + (alpha / r) B A in every layer. Merging twice is merging once.
 
-    The base weight is put aside, because W + D - D is not W in floating point (and in bfloat16 visibly
-    so); after an `unmerge` the sum is still there, and merging again only swaps the two, as long as the
-    adapter has not changed. keep_base=False saves the memory for programs that never unmerge: the
-    wrappers are removed.
-    """
+    The base weight is put aside, because W + D - D is not W in floating point. keep_base=False saves its
+    memory where nothing will be unmerged: the wrappers are removed."""
     for name, m in layers(model).items():
         if m.original is None:
-            version = m.lora_A._version, m.lora_B._version  # counts changes in place, such as an optimiser's
-            if m.merged is None or m.merged[1] != version:
-                m.merged = (m.base.weight.float() + m.delta()).to(m.base.weight.dtype), version
-            m.original, m.base.weight.data = m.base.weight.data, m.merged[0]
+            m.original = m.base.weight.data
+            m.base.weight.data = (m.original.float() + m.delta()).to(m.original.dtype)
         if not keep_base:
             parent, leaf = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), leaf, m.base)
@@ -156,92 +122,176 @@ def unmerge(model):
             m.base.weight.data, m.original = m.original, None
 
 
-def _peft_names(model):
-    """{our layer: its name in a PEFT file}: base_model.model. + the Hugging Face module name."""
-    keys = hf_keys(model.config)
-    return {name: "base_model.model." + keys[name + ".weight"][0].removesuffix(".weight") for name in layers(model)}
-
-
-def save(model, folder, base_model="", extra=None):
-    """Write the adapter alone, in PEFT's format. `extra`: our own settings, kept under the key "pillow", with the digest of
-    the weights: two files cannot be renamed at once, and a kill in between must not pair those of two runs."""
-    gpt2 = model.config.family == "gpt2"
-    tensors = {}
-    for name, theirs in _peft_names(model).items():
-        m = model.get_submodule(name)
-        tensors[theirs + ".lora_A.weight"] = m.lora_A.detach().float().cpu().contiguous()
-        tensors[theirs + ".lora_B.weight"] = m.lora_B.detach().float().cpu().contiguous()
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
-              "bias": "none", "fan_in_fan_out": gpt2, "inference_mode": True, **model.lora_config}
-    path = Path(folder) / "adapter_model.safetensors"
-    write_safetensors(path, tensors, {"format": "pt"})
-    write_json(Path(folder) / "adapter_config.json", config | ({"pillow": extra | {"weights": digest_file(path)}} if extra else {}))
-
-
-def digest(folder):
-    """A short name for the adapter in a folder, weights and settings: what matchers and memos are tied to."""
-    return digest_file(Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json")
-
-
 @contextlib.contextmanager
-def bare(model):
+def disabled(model):
     """Inside, the model answers as if it had no adapter; afterwards it is as it was, merged or not."""
-    merged = any(m.original is not None for m in layers(model).values())
+    merged = {m: m.base.weight.data for m in layers(model).values() if m.original is not None}
     unmerge(model)
     for m in layers(model).values():
-        m.active = False
+        m.enabled = False
     try:
         yield model
     finally:
         for m in layers(model).values():
-            m.active = True
-        if merged:
-            merge(model)
+            m.enabled = True
+        for m, weight in merged.items():
+            m.original, m.base.weight.data = m.base.weight.data, weight
 
 
-# what an adapter_config.json may ask for that we do not do: {setting: the values that ask for nothing}
-_REFUSED = {"use_dora": (False, None), "modules_to_save": (None, []), "layers_to_transform": (None, []),
-            "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "exclude_modules": (None, []), "bias": ("none", None),
-            "lora_bias": (False, None), "trainable_token_indices": (None, [], {}), "target_parameters": (None, []),
-            "megatron_config": (None,), "layer_replication": (None, []), "alora_invocation_tokens": (None, [])}
+# ---- plumbing: skip on a first reading -----------------------------------------------------------------
+
+
+def linear_layers(model):
+    """{our name of every linear layer of the blocks: Hugging Face's}, wrapped or not."""
+    keys = hf_keys(model.config)
+    named = {n: m for n, m in model.named_modules() if n.startswith("blocks.") and f"{n}.weight" in keys}
+    return {n: keys[f"{n}.weight"][0].removesuffix(".weight") for n, m in named.items()
+            if isinstance(m, nn.Linear | LoRALinear)}
+
+
+def ends_in(target, ours, theirs):
+    """As PEFT: a layer is meant by its whole name or by what follows one of the dots in it."""
+    return any(name == target or name.endswith(f".{target}") for name in (ours, theirs))
+
+
+def target_names(model):
+    """The wrapped layers as PEFT knows them: a last name where all layers of that name are wrapped, else
+    whole names."""
+    every, wrapped = linear_layers(model), set(layers(model))
+    partly = {n.split(".")[-1] for n in every if n not in wrapped}
+    return sorted({n.split(".")[-1] if n.split(".")[-1] not in partly else every[n] for n in wrapped})
+
+
+def save(model, folder, base_model="", extra=None):
+    """Write the adapter alone, in PEFT's format. `extra`: our own settings, kept under the key "pillow"
+    with the digest of the weights: two files cannot be renamed at once, and a kill in between must not pair
+    those of two runs."""
+    names, tensors = linear_layers(model), {}
+    for name, m in layers(model).items():
+        for half in ("lora_A", "lora_B"):
+            weight = getattr(m, half).detach().float().cpu().contiguous()
+            tensors[f"base_model.model.{names[name]}.{half}.weight"] = weight
+    path = Path(folder) / "adapter_model.safetensors"
+    data.write_safetensors(path, tensors, {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
+              "bias": "none", "fan_in_fan_out": model.config.family == "gpt2", "inference_mode": True,
+              "target_modules": target_names(model), **model.lora_config}
+    if extra:
+        config["pillow"] = extra | {"weights": data.digest_file(path)}
+    data.write_json(Path(folder) / "adapter_config.json", config)
+
+
+def digest(folder):
+    """A short name for the adapter in a folder, its weights and what is done with them: matchers and memos
+    are tied to it."""
+    config = read_config(Path(folder) / "adapter_config.json")
+    asked = json.dumps({key: config.get(key) for key in sorted(HONOURED - {"pillow"})})
+    weights = data.digest_file(Path(folder) / "adapter_model.safetensors")
+    return hashlib.sha256((weights + asked).encode()).hexdigest()[:16]
+
+
+# Settings of adapter_config.json that are honoured, and those that change nothing in a trained adapter; every
+# other one has to be empty.
+HONOURED = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
+            "init_lora_weights", "pillow"}
+HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+            "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "eva_config",
+            "corda_config", "megatron_core", "qalora_group_size", "runtime_config",
+            "ensure_weight_tying", "lora_ga_config"}
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that leave the base weight as it is
+
+
+def read_config(path):
+    """adapter_config.json, checked: each setting is honoured, known to change nothing, or refused by name."""
+    config = data.read_json(path, dict)
+    for key, value in config.items():
+        known = key in HONOURED | HARMLESS or value is None or value is False or value in ("none", "", [], {})
+        wrong = {"init_lora_weights": value not in STARTS, "peft_type": value != "LORA"}.get(key, not known)
+        if wrong:
+            raise UserError(f"{path}: {key} = {str(value)[:60]!r} is not supported")
+    real = int, float
+    limits = ("r", int, 1, 4096), ("lora_alpha", real, 0, 1e6), ("lora_dropout", real, 0, 1)
+    for key, kind, low, high in limits:
+        value = config.setdefault(key, 0.0 if key == "lora_dropout" else None)
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            raise UserError(f"{path}: {key} = {str(value)[:20]!r} is not a usable number")
+    targets = config.get("target_modules")
+    with contextlib.suppress(re.error):
+        if targets and (isinstance(targets, list) or isinstance(targets, str) and re.compile(targets)):
+            return config
+    raise UserError(f"{path}: target_modules = {str(targets)[:60]!r} names no layers")
 
 
 def load(model, folder):
     """Inject and fill the adapter in `folder` (ours or PEFT's); returns its adapter_config as a dict.
 
-    UserError when the file asks for what we do not do, or does not fit this model.
+    UserError when the file asks for what we do not do, or does not fit this model, which then stays as it
+    was.
     """
     folder = Path(folder)
-    config = read_json(folder / "adapter_config.json", dict)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: peft_type {config.get('peft_type')!r} is not LORA")
-    for key, harmless in _REFUSED.items():
-        if config.get(key, harmless[0]) not in harmless:
-            raise UserError(f"{folder / 'adapter_config.json'}: {key} = {config[key]!r} is not supported")
-    targets, r, alpha = config.get("target_modules"), config.get("r"), config.get("lora_alpha")
-    if targets == "all-linear":
-        targets = "all"
-    if targets != "all" and not (isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)):
-        raise UserError(f"{folder / 'adapter_config.json'}: target_modules = {targets!r} is not a list of names")
-    dropout = config.get("lora_dropout") or 0.0
-    for key, value, most in (("r", r, 4096), ("lora_alpha", alpha, 1e6), ("lora_dropout", dropout, 0.99)):
-        if type(value) not in (int, float) or not 0 <= value <= most or key == "r" and type(value) is not int:
-            raise UserError(f"{folder / 'adapter_config.json'}: {key} = {str(value)[:20]!r} is not a usable number")
-    path = folder / "adapter_model.safetensors"
-    found = dict(read_safetensors(path))
+    config, path = read_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if layers(model):
+        raise UserError(f"{folder}: the model carries an adapter already; load it into a fresh one")
     ours = config.get("pillow")
-    if isinstance(ours, dict) and ours.get("weights") not in (None, digest_file(path)):
-        raise UserError(f"{folder}: adapter_config.json was not written with these weights; train the adapter again, or go on with --resume")
-    inject(model, r, alpha, targets, dropout, bool(config.get("use_rslora")))
-    for name, theirs in _peft_names(model).items():
-        m = model.get_submodule(name)
-        for half, p in (("lora_A", m.lora_A), ("lora_B", m.lora_B)):
-            key = f"{theirs}.{half}.weight"
-            if key not in found:
-                raise UserError(f"{path}: the weight {key!r} is missing: this adapter was made for another model")
-            if found[key].shape != p.shape:
-                raise UserError(f"{path}: {key!r} has shape {tuple(found[key].shape)}, this model asks for {tuple(p.shape)}")
-            p.data.copy_(found.pop(key))
-    if found:
-        raise UserError(f"{path}: the weight {next(iter(found))!r} has no place in this model")
+    if data.has(ours, weights=str) and ours["weights"] != data.digest_file(path):
+        raise UserError(f"{folder}: adapter_config.json was not written with these weights; train it "
+                        "again, or go on with --resume")
+    every, targets = linear_layers(model), config["target_modules"]
+    if isinstance(targets, str):  # as PEFT: "all-linear", or a regular expression for the whole name
+        pattern = ".*" if targets == "all-linear" else targets
+        chosen = {n for n, theirs in every.items() if re.fullmatch(pattern, theirs)}
+    else:  # a name that matches nothing beside some that do is passed over, as PEFT does
+        chosen = {n for n, theirs in every.items() if any(ends_in(str(t), theirs, theirs) for t in targets)}
+    found = {}
+    for key, tensor in data.read_safetensors(path):
+        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.\w+)?\.weight", key)  # .default?
+        if match is None or match.groups() in found:
+            raise UserError(f"{path}: the weight {key!r} is not one of a LoRA layer, or stands there twice")
+        found[match.groups()] = tensor
+    shapes = {}
+    for n in chosen:
+        base = model.get_submodule(n)
+        shapes[every[n], "lora_A"] = config["r"], base.in_features
+        shapes[every[n], "lora_B"] = base.out_features, config["r"]
+    for key in {**shapes, **found}:
+        has, wants = found.get(key), shapes.get(key)
+        if has is None or wants is None or tuple(has.shape) != wants:
+            what = "missing" if has is None else f"of shape {tuple(has.shape)}"
+            place = "no place for it" if wants is None else f"shape {wants}"
+            raise UserError(f"{path}: {'.'.join(key)} is {what}, here is {place}: made for another model")
+    if not chosen:
+        raise UserError(f"{folder / 'adapter_config.json'}: target_modules matches no layer of this model")
+    wrap(model, chosen, config["r"], config["lora_alpha"], config["lora_dropout"], config.get("use_rslora"))
+    for n, m in layers(model).items():
+        for half in ("lora_A", "lora_B"):
+            getattr(m, half).data.copy_(found[every[n], half])
     return config
+
+
+def lesson():
+    """A layer of 64 inputs and outputs learns what another one does, through a rank of 4."""
+    torch.manual_seed(0)
+    base, x = nn.Linear(64, 64, bias=False).requires_grad_(False), torch.randn(256, 64)
+    wanted = x @ (base.weight + 0.2 * torch.randn(64, 4) @ torch.randn(4, 64)).t()  # a change of rank 4
+    layer, before = LoRALinear(base, r=4, scale=2.0), base(x)
+    n = sum(p.numel() for p in (layer.lora_A, layer.lora_B))
+    print(f"A and B have {n} numbers, W has {base.weight.numel()}.")
+    print(f"B is zero, so the start is W: largest difference {(layer(x) - before).abs().max().item():.1e}")
+    optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], 0.01)
+    for step in range(401):
+        loss = F.mse_loss(layer(x), wanted)
+        if step % 100 == 0:
+            print(f"step {step:3d}  loss {loss.item():.5f}")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model = nn.Sequential(layer)
+    weight, trained = base.weight.clone(), layer(x)
+    merge(model)
+    print(f"merged: largest difference {(model(x) - trained).abs().max().item():.1e}, W alone is multiplied")
+    unmerge(model)
+    print(f"unmerged: W is what it was, to the bit: {torch.equal(base.weight, weight)}")
+
+
+if __name__ == "__main__":
+    lesson()

@@ -1,40 +1,37 @@
 """
-The matching network: which exemplars of the pool should stand in front of this query?
+The matching network: which exemplars of the pool should stand in front of this question?
 
-PILLOW (Qi et al. 2023) has two small MLPs, one for the query and one for the pool's prompts; the dot
-product of their outputs, over the pool, is a distribution. Here, with h(.) the language model's mean-pooled
-final hidden state of a question and l(.) the log of an exemplar's answer length, standardised over the pool:
+PILLOW (Qi et al. 2023, arXiv 2312.05621) has two small MLPs, one for the question and one for the pool's
+exemplars; the dot product of their outputs, over the pool, is a distribution. With h(.) the language
+model's mean-pooled final hidden state of a question, standardised by the pool's mean and std:
 
-    state s_t = (query x, exemplars chosen so far)
-    a, s     = MLP_q[h(x), mean of chosen h]       query tower: (C,), and the score of *stop*
-    b_j, c_j = MLP_p[h(p_j), 10 l(p_j)]            prompt tower: (C,), and the quality of p_j, for whatever query
+    state    s_t = (question x, exemplars chosen so far)
+    a, s     = MLP_q[h(x), mean of the chosen h]   question tower: a as wide as h; s, the score of *stop*
+    b_j, c_j = MLP_p[h(p_j)]                       exemplar tower: b_j as wide as h; c_j, how good p_j is
     u = unit(h(x) + a),    v_j = unit(h(p_j) + b_j)
-    pi(. | s_t) = softmax of  exp(tau) * (<u, v_j> + c_j  for every p_j not yet chosen,  s for *stop*)
+    pi(. | s_t) = softmax of  exp(tau) * (<u, v_j> + c_j  for every p_j that is allowed,  s for *stop*)
 
-l is ours: in cross-validation on Dolly it told more about which exemplar helps than the questions' features did,
-on test questions no gain was seen (README, "Real data"). It counts tenfold, or one channel among hundreds would
-hardly be heard in the steps a run affords.
+Both MLPs end in zeros, so an untrained matcher *is* cosine nearest neighbour and learning can only bend it
+(ours; with ordinary initial values it would have to find even that by trial and error). *stop* is an action
+of its own (ours): a wrong exemplar is worse than none. exp(tau), how sharply the policy tells scores apart,
+is learnt; it starts where the pool makes it start (`sharpen`).
 
-Both MLPs end in zeros, so before any training the matcher *is* cosine nearest neighbour and learning can
-only bend it (ours; ordinary initialisation, `identity=False`, has to find even that by trial and error).
-*stop* is an action of its own (ours), because a wrong exemplar is worse than none.
+An exemplar is *allowed* unless it asks the very question, was chosen before, or is not among the nearest
+`candidates`. The distribution is renormalised over what is allowed at every step, so log pi of a sequence
+of picks is the exact one (test_all.py enumerates every sequence).
 
-Picks are without replacement: the distribution is renormalised over what is left at every step, so
-log pi of a sequence is the exact one (`Matcher.log_prob`; test_all.py enumerates every sequence).
+    python matcher.py      # the policy over a tiny pool, before and after one update
 
-The other selectors it has to beat stand at the end: BM25, nearest neighbour, random, none. (`fixed`, one exemplar
-for all queries, and the oracle need the language model: they are in rl.py and train_matcher.py.)
-
-Left out on purpose: attention between query and exemplars, approximate nearest-neighbour indexes (an exact
-scan of 100,000 entries takes milliseconds).
+Left out on purpose: attention between question and exemplars, approximate nearest-neighbour indexes (an
+exact scan of 100,000 exemplars takes milliseconds).
 """
 
-import functools
 import hashlib
 import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,350 +39,369 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import (UserError, digest_file, encode_answer, encode_query, has, query_text, read_checkpoint, read_json, read_safetensors, same_question,
-                  write_checkpoint, write_json, write_safetensors)
-from model import faster_than_float32
+import data
+from data import UserError
 
 STOP = -1  # in a sequence of picks: "no further exemplar"
 
 
-@functools.cache
-def half_is_faster():
-    """Whether one query meets a large pool faster in float16, half the bytes to read. Some CPUs and versions of PyTorch convert
-    or multiply number by number and are many times slower; the way to know is to try, which takes some 20 ms."""
-    return faster_than_float32(torch.float16, 1, 1 << 13) > 1.25
+class Pool(NamedTuple):
+    """What every question meets: the exemplars, encoded once by `Matcher.encode`."""
+
+    v: torch.Tensor  # (n, C) unit vectors
+    quality: torch.Tensor  # (n,) c_j
+    z: torch.Tensor  # (n, C) standardised features
 
 
 class Matcher(nn.Module):
-    """C: feature width. hidden: width of the towers' MLPs. `stop=False` takes the stop action away.
+    """The two towers and the policy they make. B questions, K rollouts, m picks, n exemplars, C features.
 
-    candidates: choose among the nearest so many entries only (see `nearest`); 0: the whole pool.
+    candidates: how many of the nearest exemplars may be chosen; 0: the whole pool (see `narrow`).
     """
 
-    def __init__(self, C, hidden=256, stop=True, identity=True, candidates=0, tau=math.log(20.0)):
+    def __init__(self, C, hidden=256, candidates=0, identity=True):
         super().__init__()
-        self.settings = {"C": C, "hidden": hidden, "stop": stop, "identity": identity, "candidates": candidates}
-        self.candidates = candidates
-        self.query_mlp = nn.Sequential(nn.Linear(2 * C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))  # +1: stop
-        self.prompt_mlp = nn.Sequential(nn.Linear(C + 1, hidden), nn.GELU(), nn.Linear(hidden, C + 1))  # +1: length; quality
+        self.settings = {"C": C, "hidden": hidden, "candidates": candidates, "identity": identity}
+        self.candidates, self.identity = candidates, identity
+        self.question_tower = nn.Sequential(nn.Linear(2 * C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))
+        self.exemplar_tower = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))
         if identity:
-            for mlp in (self.query_mlp, self.prompt_mlp):
-                nn.init.zeros_(mlp[-1].weight)
-                nn.init.zeros_(mlp[-1].bias)
-        self.tau = nn.Parameter(torch.tensor(float(tau)))
-        self.identity, self.stop = identity, stop
-        self.register_buffer("mean", torch.zeros(C + 1))
-        self.register_buffer("std", torch.ones(C + 1))
+            for tower in (self.question_tower, self.exemplar_tower):
+                nn.init.zeros_(tower[-1].weight)
+                nn.init.zeros_(tower[-1].bias)
+        self.tau = nn.Parameter(torch.tensor(math.log(20.0)))
+        self.register_buffer("mean", torch.zeros(C))
+        self.register_buffer("std", torch.ones(C))
 
-    def standardise(self, pool_features):
-        """Take mean and std from the pool (n, C + 1). A channel that never varies keeps scale 1."""
-        self.mean.copy_(pool_features.mean(0))
-        std = pool_features.std(0, correction=0)
+    def standardise(self, h_pool):
+        """Take mean and std from the pool's features (n, C). A channel that never varies keeps scale 1."""
+        std = h_pool.std(0, correction=0)
+        self.mean.copy_(h_pool.mean(0))
         self.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
-    def z(self, features):
-        """Standardised features of questions: (N, C), or an exemplar's (N, C + 1) -> (N, C)."""
-        C = self.settings["C"]
-        return (features[:, :C] - self.mean[:C]) / self.std[:C]
+    def z(self, h):
+        return (h - self.mean) / self.std
 
-    def prompts(self, features, single=False):
-        """Pool features (n, C + 1) -> v (n, C) unit vectors, quality (n,), z (n, C), and v in float16 or None: what every query meets.
+    def encode(self, h_pool):
+        """The pool's features (n, C) -> Pool."""
+        z = self.z(h_pool)
+        b, c = self.exemplar_tower(z).split([z.shape[1], 1], -1)  # (n, C), (n, 1)
+        return Pool(F.normalize((z if self.identity else 0) + b, dim=-1), c[:, 0], z)
 
-        single: queries will come one at a time. Then reading v is what a choice from a large pool costs: in float16 it takes a third
-        or less where the CPU is up to it, elsewhere laid out channel by channel half. (64 queries at once are slower in float16.)
+    def scores(self, h, pool, chosen, allowed):
+        """Unnormalised log pi(. | s_t), (B, n + 1): a column an exemplar, the last *stop*; -inf if not
+        allowed.
+
+        h (B, C) the questions' features; chosen (B, t) picks so far; allowed (B, n) bool.
         """
-        z, length = self.z(features), (features[:, -1:] - self.mean[-1]) / self.std[-1]
-        out = self.prompt_mlp(torch.cat([z, 10 * length], -1))  # (n, C + 1)
-        v = F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1)
-        v_half = None
-        if single and len(v) >= 1 << 12 and not torch.is_grad_enabled():
-            if half_is_faster():
-                v_half = v.half()
-            else:
-                v = v.t().contiguous().t()
-        return v, out[:, -1], z, v_half
+        z = self.z(h)
+        context = pool.z[chosen].mean(1) if chosen.shape[1] else torch.zeros_like(z)  # (B, C)
+        a, s = self.question_tower(torch.cat([z, context], -1)).split([z.shape[1], 1], -1)  # (B, C), (B, 1)
+        u = F.normalize((z if self.identity else 0) + a, dim=-1)
+        scores = torch.cat([u @ pool.v.t() + pool.quality, s], -1) * self.tau.exp()  # (B, n + 1)
+        allowed = F.pad(allowed, (0, 1), value=True)  # stopping is always allowed
+        # chosen may hold STOP where an episode is over; what happens to column 0 there is not looked at
+        allowed = allowed.scatter(1, chosen.clamp(min=0), False)
+        return scores.masked_fill(~allowed, float("-inf"))
 
-    def logits(self, query, pool, chosen, forbidden=None, candidates=None):
-        """Unnormalised log pi of every action.
+    def play(self, h, pool, allowed, shots, generator=None):
+        """Up to `shots` picks a question: the likeliest at each step, or sampled where a generator is given.
 
-        query (B, C) features; pool: from `prompts`; chosen (B, t) pool indices picked so far.
-        forbidden (B, n) bool: entries this query must not see (itself and its copies).
-        candidates (B, n) bool: if given, only these may be chosen.
-        Returns (B, n + 1), the last column being *stop*; -inf where not allowed.
+        -> picks (B, m), STOP from where an episode ended, and each pick's probability (B, m).
         """
-        v, quality, z_pool, v_half = pool
-        z = self.z(query)
-        context = z_pool[chosen].mean(1) if chosen.shape[1] else torch.zeros_like(z)  # (B, C)
-        out = self.query_mlp(torch.cat([z, context], -1))  # (B, C + 1)
-        u = F.normalize((z if self.identity else 0) + out[:, :-1], dim=-1)
-        cosine = u @ v.t() if v_half is None else (u.half() @ v_half.t()).float()
-        scores = torch.cat([cosine + quality, out[:, -1:]], -1)  # (B, n + 1)
-        blocked = torch.zeros_like(scores, dtype=torch.bool)
-        if chosen.shape[1]:
-            blocked.scatter_(1, chosen, True)
-        if forbidden is not None:
-            blocked[:, :-1] |= forbidden
-        if candidates is not None:
-            blocked[:, :-1] |= ~candidates
-        blocked[:, -1] = False
-        if not self.stop:  # then stop remains only where nothing else does
-            blocked[:, -1] = ~blocked[:, :-1].all(1)
-        if v_half is not None:
-            # A cosine of float16 vectors summed in float32 is off by 0.0015 at most (three roundings of 2^-11 each, by Cauchy-Schwarz): whatever
-            # may really be the best is within twice that of the best found, and is worked out again. The choice is exact.
-            possible = scores.masked_fill(blocked, float("-inf"))
-            b, j = (possible[:, :-1] >= possible.amax(1, keepdim=True) - 0.003).nonzero().unbind(1)
-            scores[b, j] = (u[b] * v[j]).sum(-1) + quality[j]
-        return (scores * self.tau.exp()).masked_fill(blocked, float("-inf"))
+        picks = torch.full((len(h), shots), STOP)
+        chances = torch.ones(len(h), shots)
+        for t in range(shots):
+            p = self.scores(h, pool, picks[:, :t], allowed).softmax(-1)  # (B, n + 1)
+            a = p.argmax(-1) if generator is None else torch.multinomial(p, 1, generator=generator)[:, 0]
+            going = picks[:, t - 1] != STOP if t else torch.ones(len(h), dtype=torch.bool)
+            picks[:, t] = torch.where(going & (a < p.shape[1] - 1), a, STOP)
+            chances[:, t] = torch.where(going, p.gather(1, a[:, None])[:, 0], 1.0)
+        return picks, chances
 
     @torch.no_grad()
-    def set_stop_prior(self, p, query, pool, **limits):
-        """Set the score of *stop* so that the policy, before it learns, stops at once with probability p for the median query.
+    def sample(self, h, pool, allowed, shots, rollouts, generator):
+        """K sampled episodes of each question: picks (B, K, m)."""
+        h, allowed = h.repeat_interleave(rollouts, 0), allowed.repeat_interleave(rollouts, 0)
+        return self.play(h, pool, allowed, shots, generator)[0].unflatten(0, (-1, rollouts))
 
-        Starting at 0, far below any neighbour's cosine, it would hardly ever be tried, so never learnt.
+    def log_prob(self, h, pool, picks, allowed):
+        """Exact log pi of whole episodes, picks (B, K, m) -> log pi (B, K) and entropy (B, K).
+
+        log pi(a_1 .. a_m | x) = sum_t log pi(a_t | s_t), up to and including the stop; the entropy is the
+        mean over the decisions that an episode really took.
         """
-        none = torch.zeros(len(query), 0, dtype=torch.long)
-        others = self.logits(query, pool, none, **limits)[:, :-1].logsumexp(-1)  # (B,)
-        self.query_mlp[-1].bias[-1] = (others.median() + math.log(p / (1 - p))) / self.tau.exp()
-
-    def act(self, query, pool, shots, generator=None, **limits):
-        """Up to `shots` picks for each query (B, C): greedy, or sampled when a generator is given.
-
-        Returns picks (B, shots), STOP from where an episode ended, and each pick's probability (B, shots).
-        """
-        B = query.shape[0]
-        picks, probs = torch.full((B, shots), STOP), torch.ones(B, shots)
-        rows = torch.arange(B)  # episodes that go on all have the same number of exemplars so far
-        for t in range(shots):
-            limit = {k: m[rows] for k, m in limits.items() if m is not None}
-            p = self.logits(query[rows], pool, picks[rows, :t], **limit).softmax(-1)  # (b, n + 1)
-            a = p.argmax(-1) if generator is None else torch.multinomial(p, 1, generator=generator)[:, 0]
-            probs[rows, t] = p.gather(1, a[:, None])[:, 0].detach()
-            n = p.shape[1] - 1
-            picks[rows, t] = torch.where(a == n, STOP, a)
-            rows = rows[a != n]
-            if not len(rows):
-                break
-        return picks, probs
-
-    def log_prob(self, query, pool, picks, **limits):
-        """Exact log pi of whole episodes: query (B, C), picks (B, m) -> log-probability (B,), entropy (B,).
-
-        log pi(a_1 .. a_m | x) = sum_t log pi(a_t | s_t), up to and including the stop; entropy is the mean over
-        the decisions an episode really took.
-        """
-        B, m = picks.shape
-        logp, entropy = query.new_zeros(B), query.new_zeros(B)
-        decisions = query.new_zeros(B)
-        rows = torch.arange(B)
+        B, K, m = picks.shape
+        h, allowed, picks = h.repeat_interleave(K, 0), allowed.repeat_interleave(K, 0), picks.flatten(0, 1)
+        log_pi = entropy = decisions = torch.zeros(B * K)
         for t in range(m):
-            limit = {k: mask[rows] for k, mask in limits.items() if mask is not None}
-            lp = self.logits(query[rows], pool, picks[rows, :t], **limit).log_softmax(-1)  # (b, n + 1)
-            a = picks[rows, t]
-            a = torch.where(a == STOP, lp.shape[1] - 1, a)
-            logp = logp.index_add(0, rows, lp.gather(1, a[:, None])[:, 0])
-            entropy = entropy.index_add(0, rows, -(lp.exp() * lp.clamp(min=-1e4)).sum(-1))  # 0 log 0 = 0
-            decisions = decisions.index_add(0, rows, torch.ones_like(logp[rows]))
-            rows = rows[picks[rows, t] != STOP]
-            if not len(rows):
-                break
-        return logp, entropy / decisions
+            log_p = self.scores(h, pool, picks[:, :t], allowed).log_softmax(-1)  # (B K, n + 1)
+            a = picks[:, t] % log_p.shape[1]  # STOP is the last column
+            taken = (picks[:, t - 1] != STOP).float() if t else torch.ones(B * K)
+            log_pi = log_pi + taken * log_p.gather(1, a[:, None])[:, 0]
+            entropy = entropy - taken * (log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # 0 log 0 = 0
+            decisions = decisions + taken
+        return log_pi.view(B, K), (entropy / decisions).view(B, K)
 
-    def save(self, folder, settings):
-        """matcher.safetensors (towers, feature mean and std) and config.json (`settings` say what it was made with)."""
-        path = Path(folder) / "matcher.safetensors"
-        write_safetensors(path, {k: v.contiguous() for k, v in self.state_dict().items()})
-        write_json(Path(folder) / "config.json", {"matcher": self.settings, "weights": digest_file(path), **settings})  # see lora.save
+    # ---- where learning starts
 
-    @classmethod
-    def load(cls, folder):
-        """-> (matcher, settings). UserError when a file is missing, damaged, or does not fit."""
-        folder = Path(folder)
-        settings = read_json(folder / "config.json", dict)
-        shape = settings.get("matcher")
-        if not isinstance(shape, dict) or any(type(shape.get(k)) is not int or not 0 < shape[k] <= 1 << 16 for k in ("C", "hidden")):
-            raise UserError(f"{folder / 'config.json'}: not a matcher's settings")
-        candidates = shape.get("candidates", 0)
-        if type(candidates) is not int or candidates < 0:
-            raise UserError(f"{folder / 'config.json'}: candidates = {candidates!r} is no number of candidates")
-        matcher = cls(shape["C"], shape["hidden"], bool(shape.get("stop", True)), bool(shape.get("identity", True)), candidates)
-        state, wanted = dict(read_safetensors(folder / "matcher.safetensors")), matcher.state_dict()
-        if set(state) != set(wanted) or any(state[k].shape != wanted[k].shape for k in wanted) or settings.get("weights") != digest_file(folder / "matcher.safetensors"):
-            raise UserError(f"{folder / 'matcher.safetensors'}: its weights are not those that config.json describes")
-        matcher.load_state_dict(state)
-        return matcher, settings
+    @torch.no_grad()
+    def sharpen(self, h, pool, allowed, nats=0.7):
+        """Set exp(tau) so that the first choice of questions h (B, C) has an entropy of `nats` in the mean.
+
+        A scale that tells 100 exemplars apart is a whisper among 5,000: sampled picks are then far worse
+        than the likeliest, and REINFORCE relearns what nearness knew. Halving the interval, since entropy
+        falls with tau.
+        """
+        none, low, high = torch.zeros(len(h), 0, dtype=torch.long), 0.0, 7.0
+        for _ in range(20):
+            self.tau.fill_((low + high) / 2)
+            p = self.scores(h, pool, none, allowed).softmax(-1)
+            flat = torch.special.entr(p).sum(-1).mean() > nats
+            low, high = (float(self.tau), high) if flat else (low, float(self.tau))
+
+    @torch.no_grad()
+    def set_stop_prior(self, p, h, pool, allowed):
+        """Set the score of *stop* so that the policy, before it learns, stops at once with probability p
+        for the median question. At 0, far below any neighbour's cosine, it would hardly ever be tried, so
+        never learnt."""
+        none = torch.zeros(len(h), 0, dtype=torch.long)
+        others = self.scores(h, pool, none, allowed)[:, :-1].logsumexp(-1)  # (B,)
+        self.question_tower[-1].bias[-1] = (others.median() + math.log(p / (1 - p))) / self.tau.exp()
 
 
-def read_settings(folder):
-    """A saved matcher's settings, which sample.py and --eval_only take over. UserError when they are missing, or do not say enough."""
-    path, remedy = folder / "config.json", f"run python train_matcher.py --out {folder.parent} without --eval_only first"
-    if not path.exists():
-        raise UserError(f"{folder}: no matcher there yet; {remedy}")
-    settings = read_json(path, dict)
-    if not (has(settings, shots=int, seed=int, reward=dict, max_new_tokens=int, model=str, fingerprint=str, adapter=str)
-            and isinstance(settings.get("pool"), str | None) and 1 <= settings["shots"] <= 16 and 0 <= settings["seed"] < 1 << 31 and settings["max_new_tokens"] > 0):
-        raise UserError(f"{path}: it does not say what the matcher was made with; {remedy}")
-    return settings
+# ---- which exemplars are allowed --------------------------------------------------------------------------
 
 
-def cached_features(model, enc, examples, what, cache="cache"):
-    """h(.) of each example's question (its answer left out, so that queries and exemplars are alike): (n, C) float32.
-
-    Every text is embedded once and kept in cache/features/<model>/, under a digest of its text: a new pool
-    costs its new entries only. They are worked out 512 at a time, each part written when it is whole; an
-    interrupted run repeats the same parts, so its features are the same to the bit.
-    """
-    store = Path(cache) / "features" / f"{model.fingerprint}-{str(model.embed.weight.dtype).removeprefix('torch.')}"
-    known, parts = {}, []
-    for path in sorted(store.glob("*.safetensors")):
-        tensors, keys = read_checkpoint(path)
-        features = tensors.get("features", torch.empty(0)).float()
-        if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys) or features.shape != (len(keys), model.config.n_embd):
-            raise UserError(f"{path}: a damaged feature file; delete it and run again")
-        known |= {k: (len(parts), i) for i, k in enumerate(keys)}
-        parts.append(features)
-    keys = [hashlib.sha256(query_text(e).encode()).hexdigest()[:24] for e in examples]
-    missing = list({k: i for i, k in reversed(list(enumerate(keys))) if k not in known}.values())[::-1]
-    bar = tqdm(total=len(missing), desc=f"features of {what}", unit="prompt", disable=not missing)
-    for s in range(0, len(missing), 512):
-        rows = missing[s:s + 512]
-        ids = [encode_query(enc, examples[i]) for i in rows]
-        for i, prompt in zip(rows, ids):
-            if len(prompt) > model.config.n_ctx:
-                raise UserError(f"{what}: the question {examples[i]['instruction'][:40]!r} takes {len(prompt):,} tokens, "
-                                f"the model's context is {model.config.n_ctx}")
-        fresh = model.features(ids)
-        names = [keys[i] for i in rows]
-        write_checkpoint(store / (hashlib.sha256("".join(names).encode()).hexdigest()[:24] + ".safetensors"), {"features": fresh}, names)
-        known |= {k: (len(parts), i) for i, k in enumerate(names)}
-        parts.append(fresh)
-        bar.update(len(rows))
-    bar.close()
-    return torch.stack([parts[known[k][0]][known[k][1]] for k in keys])
+def where_asked(pool):
+    """{question: the exemplars that ask it}, for `allowed_exemplars`; made once a pool."""
+    asked = {}
+    for j, exemplar in enumerate(pool):
+        asked.setdefault(data.same_question(exemplar), []).append(j)
+    return asked
 
 
-def pool_features(enc, pool, h):
-    """What the prompt tower sees of exemplars: h (n, C) of their questions and the log of their answers' tokens: (n, C + 1)."""
-    tokens = torch.tensor([len(encode_answer(enc, e)) for e in pool])  # with the end token, so at least 1
-    return torch.cat([h, tokens[:, None].log()], 1)
+def allowed_exemplars(questions, asked, n):
+    """(B, n) bool over the pool's first n exemplars: all but those that ask the very question."""
+    allowed = torch.ones(len(questions), n, dtype=torch.bool)
+    for b, question in enumerate(questions):
+        allowed[b, [j for j in asked.get(data.same_question(question), []) if j < n]] = False
+    return allowed
 
 
-def rows_at_once(pool):
-    """How many queries meet the whole pool at a time: bounded memory, however many there are of either."""
-    return max(1, min(1024, (1 << 25) // len(pool)))
+def narrow(z, z_pool, allowed, k):
+    """Only the k nearest of the allowed exemplars (B, n) stay allowed; k = 0: all. Keeps large pools
+    learnable."""
+    if not k:
+        return allowed
+    out = torch.zeros_like(allowed)
+    for row, near in zip(out, select_nearest(z, z_pool, allowed, k)):
+        row[near] = True
+    return out
 
 
-def nearest(query, pool, k, forbidden=None):
-    """(B, n) bool: the k pool entries most similar to each query (B, C) by cosine, before any learning.
-
-    query and pool are standardised features. Restricting the policy to them keeps large pools learnable.
-    """
-    mask = torch.zeros(len(query), len(pool), dtype=torch.bool)
-    for row, ids in zip(mask, select_nearest(query, pool, forbidden, k)):
-        row[ids] = True
-    return mask
-
-
-# ---- what each query may choose, and what the matcher chooses ------------------------------------------
-
-
-def entries_by_question(pool):
-    """{question: the pool's entries that ask it}; made once, for a pool may have 100,000 of them."""
-    asking = {}
-    for j, e in enumerate(pool):
-        asking.setdefault(same_question(e), []).append(j)
-    return asking
-
-
-def forbidden(queries, asking, n):
-    """(B, n) bool: those of the pool's first n entries that ask the same question as each query. asking: from `entries_by_question`."""
-    mask = torch.zeros(len(queries), n, dtype=torch.bool)
-    for b, q in enumerate(queries):
-        mask[b, [j for j in asking.get(same_question(q), []) if j < n]] = True
-    return mask
+@torch.no_grad()
+def select_likeliest(matcher, h, h_pool, allowed, shots):
+    """The matcher's greedy picks, a list of pool indices a question; some questions at a time bound the
+    memory."""
+    pool, picks = matcher.encode(h_pool), []
+    for some, rows in zip(h.split(at_once(h_pool)), allowed.split(at_once(h_pool))):
+        rows = narrow(matcher.z(some), pool.z, rows, matcher.candidates)
+        picks += as_lists(matcher.play(some, pool, rows, shots)[0])
+    return picks
 
 
 def as_lists(picks):
-    """(B, m) tensor with STOP -> list of lists of pool indices."""
-    return [[p for p in row if p != STOP] for row in picks.tolist()]
+    """(..., m) tensor with STOP -> a list of pool indices an episode."""
+    return [[j for j in row if j != STOP] for row in picks.flatten(0, -2).tolist()]
 
 
-def limits_of(matcher, h, pool, mask):
-    """The masks under which the matcher chooses, as its methods' keyword arguments: `mask` (B, n) from `forbidden`, and the
-    candidates it was trained with, or None. h (B, C); pool: from `prompts`."""
-    return {"forbidden": mask, "candidates": nearest(matcher.z(h), pool[2], matcher.candidates, mask) if matcher.candidates else None}
+def at_once(pool):
+    return max(1, (1 << 25) // len(pool))
 
 
-def choose_greedily(matcher, h, h_pool, mask, shots):
-    """The matcher's likeliest picks for each query, as lists of pool indices."""
-    with torch.no_grad():
-        pool, step, picks = matcher.prompts(h_pool), rows_at_once(h_pool), []
-        for s in range(0, len(h), step):
-            some, few = h[s:s + step], mask[s:s + step]
-            picks += as_lists(matcher.act(some, pool, shots, **limits_of(matcher, some, pool, few))[0])
-        return picks
+# ---- the selectors it is compared with: each a list of at most `shots` pool indices a question -----------
 
 
-# ---- the selectors it is compared with: each returns a list of up to `shots` pool indices per query ----
+def select_nearest(z, z_pool, allowed, shots):
+    """Nearest neighbours by cosine of standardised features z (B, C), z_pool (n, C), nearest first.
+
+    allowed (B, n) bool, or None for all."""
+    picks, v = [], F.normalize(z_pool, dim=-1).t()
+    for s, some in enumerate(z.split(at_once(z_pool))):
+        cosine = F.normalize(some, dim=-1) @ v  # (b, n)
+        if allowed is not None:
+            cosine = cosine.masked_fill(~allowed.split(at_once(z_pool))[s], float("-inf"))
+        top = cosine.topk(min(shots, len(z_pool)), -1)
+        for near, values in zip(top.indices.tolist(), top.values.tolist()):
+            picks.append([j for j, value in zip(near, values) if value > float("-inf")])
+    return picks
 
 
-def select_random(forbidden, shots, seed):
-    """forbidden (B, n) bool -> distinct allowed entries, drawn uniformly. seed: a number, or a numpy Generator to go on with."""
+def similarity(z, z_pool, picks):
+    """Cosine of each question and its first pick, (B,); -1 where there is none."""
+    first = torch.tensor([p[0] if p else 0 for p in picks])
+    cosine = F.cosine_similarity(z, z_pool[first], dim=-1)
+    return torch.where(torch.tensor([bool(p) for p in picks]), cosine, -1.0)
+
+
+def tune_threshold(cosine, gain):
+    """The t that makes the mean of gain (N,) over questions with cosine (N,) > t, none elsewhere, largest.
+
+    gain: reward behind the nearest exemplar minus reward behind none, on training questions. The control
+    that a trained matcher has to beat where it learns only *when* to take an exemplar.
+    """
+    order = torch.argsort(cosine, descending=True)
+    total = F.pad(gain[order].cumsum(0), (1, 0))  # (N + 1,): the gain of taking the first 0, 1 .. N
+    best = int(total.argmax())
+    edges = F.pad(cosine[order], (1, 1), value=1.0)
+    edges[-1] = -1.0
+    return float((edges[best] + edges[best + 1]) / 2)  # halfway between the last taken and the first left
+
+
+def select_threshold(z, z_pool, allowed, shots, t):
+    """Nearest neighbours where the nearest is more similar than t, else none."""
+    picks = select_nearest(z, z_pool, allowed, shots)
+    return [p if c > t else [] for p, c in zip(picks, similarity(z, z_pool, picks).tolist())]
+
+
+def select_random(allowed, shots, seed):
+    """Distinct allowed exemplars, drawn uniformly. seed: a number, or a numpy Generator to go on with."""
     rng = np.random.default_rng(seed)
-    allowed = [np.flatnonzero(~row) for row in np.asarray(forbidden)]
-    return [rng.choice(a, min(shots, len(a)), replace=False).tolist() for a in allowed]
-
-
-def select_nearest(query, pool, forbidden, shots):
-    """Cosine nearest neighbours of standardised features, nearest first. forbidden (B, n) bool, or None."""
-    v, out, step = F.normalize(pool, dim=-1).t(), [], rows_at_once(pool)
-    for s in range(0, len(query), step):
-        scores = F.normalize(query[s:s + step], dim=-1) @ v
-        if forbidden is not None:
-            scores = scores.masked_fill(forbidden[s:s + step], float("-inf"))
-        top = scores.topk(min(shots, scores.shape[1]), -1)
-        for ids, values in zip(top.indices.tolist(), top.values.tolist()):
-            out.append([i for i, value in zip(ids, values) if value > float("-inf")])
-    return out
+    rows = [np.flatnonzero(row) for row in np.asarray(allowed)]
+    return [rng.choice(row, min(shots, len(row)), replace=False).tolist() for row in rows]
 
 
 class BM25:
     """Okapi BM25 (Robertson & Zaragoza 2009) over the pool's questions: the classic lexical retriever.
 
-    score(q, d) = sum over words w of q:  idf(w) f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|)),  f = count of w in d
-    idf(w) = log(1 + (n - n_w + 0.5) / (n_w + 0.5))
+    score(q, d) = sum over words w of q:  idf(w) f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))
+    idf(w) = log(1 + (n - n_w + 0.5) / (n_w + 0.5)),  f = count of w in d,  n_w = documents with w
     """
 
     def __init__(self, documents, k1=1.5, b=0.75):
         counts = [Counter(self.words(d)) for d in documents]
-        length = np.array([sum(c.values()) for c in counts], dtype=np.float64)
-        self.n, norm = len(documents), k1 * (1 - b + b * length / max(length.mean(), 1e-9))
-        postings = {}
+        length = np.array([c.total() for c in counts], dtype=np.float64)
+        norm = k1 * (1 - b + b * length / max(length.mean(), 1e-9))
+        self.n, found = len(documents), {}
         for i, c in enumerate(counts):
             for w, f in c.items():
-                postings.setdefault(w, []).append((i, f))
-        self.postings = {}
-        for w, pairs in postings.items():
-            ids, f = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], dtype=np.float64)
+                found.setdefault(w, []).append((i, f))
+        self.weights = {}  # word: (documents that have it, what it adds to their scores)
+        for w, pairs in found.items():
+            ids, f = np.array(pairs).T
             idf = math.log(1 + (self.n - len(ids) + 0.5) / (len(ids) + 0.5))
-            self.postings[w] = ids, idf * f * (k1 + 1) / (f + norm[ids])
+            self.weights[w] = ids, idf * f * (k1 + 1) / (f + norm[ids])
 
     @staticmethod
     def words(text):
         return re.findall(r"\w+", text.lower())
 
-    def scores(self, text):
-        out = np.zeros(self.n)
-        for w in self.words(text):
-            if w in self.postings:
-                ids, weight = self.postings[w]
-                out[ids] += weight
-        return out
+    def select(self, texts, allowed, shots):
+        """Best first; ties, and questions that share no word with the pool, go by position in the pool."""
+        picks = []
+        for text, row in zip(texts, np.asarray(allowed)):
+            scores = np.zeros(self.n)
+            for w in self.words(text):
+                if w in self.weights:
+                    ids, weight = self.weights[w]
+                    scores[ids] += weight
+            order = np.argsort(-np.where(row, scores, -np.inf), kind="stable")
+            picks.append([int(j) for j in order[:shots] if row[j]])
+        return picks
 
-    def select(self, texts, forbidden, shots):
-        """Best first; ties (and queries that share no word with the pool) go by position in the pool."""
-        out = []
-        for text, row in zip(texts, np.asarray(forbidden)):
-            order = np.argsort(-np.where(row, -np.inf, self.scores(text)), kind="stable")
-            out.append([int(i) for i in order[:shots] if not row[i]])
-        return out
+
+# ---- plumbing: skip on a first reading ---------------------------------------------------------------------
+
+
+def cached_features(model, enc, examples, what, cache="cache"):
+    """h(.) of each example's question, its answer left out, so that questions and exemplars are alike: (N,
+    C) float32.
+
+    Every text is embedded once and kept in cache/features/, in a folder for each model. New texts are
+    worked out 512 at a time, each part written when it is whole, so an interrupted run repeats the same
+    batches and ends with the same bits.
+    """
+    store = Path(cache) / "features" / f"{model.fingerprint}-{model.embed.weight.dtype}".replace("torch.", "")
+    known = {}  # {digest of a text: (C,)}
+    for path in sorted(store.glob("*.safetensors")):
+        tensors, names = data.read_checkpoint(path)
+        with data.fitting(path):
+            known |= zip(names, tensors["features"].view(len(names), model.config.n_embd))
+    names = [hashlib.sha256(data.query_text(e).encode()).hexdigest()[:24] for e in examples]
+    missing = list({name: e for name, e in zip(names, examples) if name not in known}.items())
+    bar = tqdm(total=len(missing), desc=f"features of {what}", unit="question", disable=not missing)
+    for s in range(0, len(missing), 512):
+        part, rows = zip(*missing[s : s + 512])
+        ids = [data.encode_query(enc, e) for e in rows]
+        if too_long := [e for e, i in zip(rows, ids) if len(i) > model.config.n_ctx]:
+            start = too_long[0]["instruction"][:40]
+            raise UserError(f"{what}: the question {start!r} is longer than {model.config.n_ctx} tokens")
+        features = model.features(ids)
+        path = store / f"{hashlib.sha256(''.join(part).encode()).hexdigest()[:24]}.safetensors"
+        data.write_checkpoint(path, {"features": features}, list(part))
+        known |= zip(part, features)
+        bar.update(len(part))
+    bar.close()
+    return torch.stack([known[name] for name in names])
+
+
+def save(matcher, folder, settings):
+    """matcher.safetensors (towers, tau, feature mean and std) and config.json (`settings`: what it was made
+    with).
+
+    config.json names the weights by their digest: two files cannot be renamed at once, and a kill in
+    between must not pair those of two runs."""
+    path = Path(folder) / "matcher.safetensors"
+    data.write_safetensors(path, {k: t.contiguous() for k, t in matcher.state_dict().items()})
+    data.write_json(Path(folder) / "config.json",
+                    settings | {"matcher": matcher.settings, "weights": data.digest_file(path)})
+
+
+def load(folder):
+    """-> (matcher, settings) as saved; UserError if a file is missing, damaged, or of another run."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no matcher there; run python train_matcher.py --out {folder.parent}")
+    settings = data.read_json(folder / "config.json", dict)
+    path = folder / "matcher.safetensors"
+    kinds = dict.fromkeys(("shots", "seed", "max_new_tokens"), int) | {"reward": dict}
+    kinds |= dict.fromkeys(("model", "fingerprint", "adapter"), str)
+    with data.fitting(folder / "config.json"):
+        whole = data.has(settings, **kinds) and settings["shots"] >= 1
+        if not whole or settings["weights"] != data.digest_file(path):
+            raise ValueError("its settings are not all there, or matcher.safetensors is not the one it names")
+        matcher = Matcher(**settings["matcher"])
+        matcher.load_state_dict(dict(data.read_safetensors(path)))
+    return matcher, settings
+
+
+def lesson():
+    """A pool of four exemplars, one question, and what a single update does to the policy."""
+    torch.manual_seed(0)
+    h_pool = F.normalize(torch.tensor([[1.0, 0.2], [0.8, -0.6], [-0.5, 1.0], [-1.0, -0.4]]), dim=-1)
+    h, allowed = torch.tensor([[1.0, 0.1]]), torch.tensor([[True, True, True, False]])
+    matcher = Matcher(C=2, hidden=8)
+
+    def show(when):
+        none = torch.zeros(1, 0, dtype=torch.long)
+        p = matcher.scores(h, matcher.encode(h_pool), none, allowed).softmax(-1)[0]
+        print(f"{when:20s}", *(f"p{j} {x:.3f} " for j, x in enumerate(p[:-1])), f"stop {p[-1]:.3f}")
+
+    print("A question near p0 and p1; p3 asks the very question, so it is not allowed.\n")
+    show("nearest neighbour:")
+    matcher.sharpen(h, matcher.encode(h_pool), allowed)
+    show("entropy 0.7 nats:")
+    every = [[i, j] for i in [0, 1, 2] for j in [0, 1, 2, STOP] if i != j] + [[STOP, STOP]]
+    log_pi, _ = matcher.log_prob(h, matcher.encode(h_pool), torch.tensor([every]), allowed)  # (1, 10)
+    total = log_pi.exp().sum()
+    print(f"\nThe probabilities of all {len(every)} sequences of up to two picks add up to {total:.6f}.")
+    print("Now p1 earns 1, p0 earns 0: one step along (R - b) grad log pi, b the other rollout's reward.\n")
+    log_pi, _ = matcher.log_prob(h, matcher.encode(h_pool), torch.tensor([[[1], [0]]]), allowed)  # (1, 2)
+    (-(torch.tensor([[1.0, -1.0]]) * log_pi).mean()).backward()
+    torch.optim.SGD(matcher.parameters(), lr=0.02).step()
+    show("after the update:")
+
+
+if __name__ == "__main__":
+    lesson()

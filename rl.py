@@ -1,18 +1,21 @@
 """
-The reinforcement-learning half of PILLOW: rewards, the language model as an environment, REINFORCE.
+The reinforcement-learning half of PILLOW: rewards, the language model as an environment, the update.
 
-An episode is one query. The matcher picks exemplars until it stops; exemplars + query go to the LoRA-tuned
-language model; its answer against the reference is the reward, once, at the end. The update is plain
-REINFORCE (Williams 1992) with the leave-one-out baseline (Kool et al. 2019): with K rollouts of one query
+An episode is one question. The matcher picks exemplars until it stops; exemplars and question go to the
+LoRA-tuned language model; its answer against the reference is the reward, once, at the end. The update is
+plain REINFORCE (Williams 1992) with the leave-one-out baseline (Kool et al. 2019): with K rollouts of one
+question
 
-    grad = 1/K sum_k (R_k - b_k) grad log pi(picks_k | query),    b_k = mean of the other K - 1 rewards
+    grad = 1/K sum_k (R_k - b_k) grad log pi(picks_k | question),    b_k = mean of the other K - 1 rewards
 
-b_k does not depend on picks_k, so the gradient stays unbiased, and a query whose rollouts all earned the
-same teaches nothing, as it should. No division by the standard deviation, no critic, no ratio clipped as in PPO; only
-the gradient's norm is held to 1, and an entropy term acts below a floor.
+b_k does not depend on picks_k, so the gradient stays unbiased, and a question whose rollouts all earned the
+same teaches nothing, as it should. No critic, no ratio clipped as in PPO, no division by the standard
+deviation.
 
-The language model is by far the dearest part, and greedy decoding is deterministic: `Environment` remembers
-the answer for every (query, exemplars in order), so it is asked only about combinations never tried before.
+The language model is by far the dearest part and greedy decoding is deterministic: `Environment` remembers
+the outcome of every (question, exemplars in order), so it is asked only about what was never tried before.
+
+    python rl.py      # a bandit of four arms: the gradient and the curve, with and without the baseline
 
 Left out on purpose: PPO, reward models, rewards for partial answers.
 """
@@ -20,7 +23,7 @@ Left out on purpose: PPO, reward models, rewards for partial answers.
 import contextlib
 import hashlib
 import json
-import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -30,21 +33,28 @@ from tqdm import tqdm
 import data
 from model import PrefixCache
 
-# ---- rewards -----------------------------------------------------------------------------------
+# ---- rewards: score(answer, reference) -------------------------------------------------------------
 
 
 def exact(answer, reference):
     """1.0 when the answer is the reference, up to white space."""
-    return float(answer.split() == reference.split())
+    return float(data.canonical(answer).split() == data.canonical(reference).split())
+
+
+def words(text):
+    """Lower-cased runs of letters, digits and their marks; of a text without any, its symbols."""
+    text = data.canonical(text).lower()
+    spaced = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
+    return spaced or [c for c in text if not c.isspace()]
 
 
 def rouge_l(answer, reference):
-    """ROUGE-L F1 (Lin 2004) over lower-cased words and numbers: 2PR / (P + R), P and R = LCS / length.
+    """ROUGE-L F1 (Lin 2004): 2PR / (P + R) with P, R = longest common subsequence of words / words of
+    either text.
 
-    Two empty texts agree (1.0); one empty text never does (0.0). The same tokens as the usual
-    implementation, without stemming: runs of a-z and 0-9 (other scripts: any letter or digit run).
-    """
-    a, b = (re.findall(r"[^\W_]+", t.lower()) for t in (answer, reference))
+    The words of English are those of the usual implementation, without stemming. Two empty texts agree
+    (1.0)."""
+    a, b = words(answer), words(reference)
     if not a or not b:
         return float(a == b)
     row = [0] * (len(b) + 1)  # row[j]: longest common subsequence of a[:i] and b[:j]
@@ -55,222 +65,227 @@ def rouge_l(answer, reference):
     return 2 * row[-1] / (len(a) + len(b))
 
 
+SCORES = {"exact": exact, "rouge": rouge_l}  # of an answer in words; "logprob" needs none
+
+
 def parse_reward(text):
     """'exact', 'rouge', 'logprob' or a mix such as 'rouge:0.5,logprob:0.5' -> {name: weight}."""
     weights = {}
     for part in text.split(","):
         name, _, weight = part.strip().partition(":")
-        if name in weights:
-            raise data.UserError(f"--reward {text}: {name} stands there twice")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            raise data.UserError(f"--reward {text}: {weight!r} is not a number") from None
-        if name not in ("exact", "rouge", "logprob") or not 0 < weights[name] < np.inf:
-            raise data.UserError(f"--reward {text}: rewards are exact, rouge and logprob, as in rouge or rouge:0.5,logprob:0.5")
+        with contextlib.suppress(ValueError):
+            if name in (*SCORES, "logprob") and name not in weights and 0 < float(weight or 1) < np.inf:
+                weights[name] = float(weight or 1)
+                continue
+        raise data.UserError(f"--reward {text}: use exact, rouge, logprob, or a mix: rouge:0.5,logprob:0.5")
     return weights
 
 
-# ---- the language model as an environment --------------------------------------------------------
-
-
-def prompt_room(model, enc, query, new):
-    """-> (the question's ids, how many tokens of exemplars fit in front); UserError when it alone is too long."""
-    ids = data.encode_query(enc, query)
-    room = model.config.n_ctx - new - len(ids)
-    if room < 0:
-        raise data.UserError(f"the question {query['instruction'][:40]!r} takes {len(ids)} tokens; with {new} for the answer "
-                             f"that exceeds the model's context of {model.config.n_ctx}")
-    return ids, room
+# ---- the language model as an environment that remembers ------------------------------------------------
 
 
 class Environment:
-    """Answers and likelihoods of a merged language model behind chosen exemplars, each worked out once.
+    """Outcomes of a merged language model behind chosen exemplars, each worked out once.
 
-    model: a GPT with its adapter merged; pool: list of examples; max_new_tokens: length limit of an answer.
-    memo_path: JSONL in which every outcome is kept as it is found; it may be shared between runs of the
-    same model and adapter (`fingerprint`), and what it holds is not computed again.
-    `asked` holds the distinct calls of this run, remembered or not: the honest price of an experiment; `cut` those
-    whose answer hit the length limit.
+    pool: examples; max_new_tokens: length limit of an answer; fingerprint: names the model and adapter;
+    memo_path: a JSONL file of outcomes, shared between runs. `asked` holds the distinct calls of this run,
+    remembered or not: the honest price of an experiment.
     """
 
-    def __init__(self, model, enc, pool, max_new_tokens, fingerprint="", memo_path=None, batch_size=64, cache_bytes=1 << 30,
-                 block=16, ddp=None):
+    def __init__(self, model, enc, pool, max_new_tokens, fingerprint="", memo_path=None, batch_size=64,
+                 cache_bytes=1 << 30, block=16, ddp=None):
         self.model, self.enc, self.pool, self.ddp = model, enc, pool, ddp or data.Processes()
         self.max_new_tokens, self.batch_size, self.fingerprint = max_new_tokens, batch_size, fingerprint
         self.exemplars = [data.encode_exemplar(enc, e) for e in pool]
-        self.opening = data.encode(enc, data.OPENING)  # what follows an exemplar begins with it, whatever it is: cached, too
-        self.prefix_cache = PrefixCache(model, [ids + self.opening for ids in self.exemplars], block=block, max_bytes=cache_bytes)
-        self.pool_keys = [data.digest(e) for e in pool]
-        self.memo, self.asked, self.cut, self.dropped = {}, set(), set(), 0
-        self.memo_path = Path(memo_path) if memo_path else None
+        self.prefix_cache = PrefixCache(model, self.exemplars, block=block, max_bytes=cache_bytes)
+        self.names = [data.digest(e) for e in pool]
+        self.memo, self.asked, self.dropped = {}, set(), 0  # memo: {key: [answer, cut?] or log-likelihood}
+        self.memo_path = memo_path and Path(memo_path)
         if self.memo_path:
             self.read_memo()
 
-    def read_memo(self):
-        try:
-            with open(self.memo_path, "a", encoding="utf-8") as f:  # a memo that cannot be written is a mistake to find now
-                line = "\n"
-                for _, line in data.read_lines(self.memo_path, errors="replace"):
-                    # a line cut short by an interruption is an outcome to find again
-                    with contextlib.suppress(data.UserError, TypeError, ValueError):
-                        key, outcome, *cut = data.parse_json(line, self.memo_path)
-                        self.memo[key] = outcome
-                        if cut:
-                            self.cut.add(key)
-                f.write("" if line.endswith("\n") else "\n")
-        except OSError as error:
-            raise data.UserError(f"--memo {self.memo_path}: {error.strerror}") from None
+    def score(self, weights, questions, picks, progress=None):
+        """R = sum of weight * score over `weights`, of each question behind its picks: (N,) float64 array."""
+        total = np.zeros(len(questions))
+        for name, weight in weights.items():
+            outcomes = self.outcomes("logprob" if name == "logprob" else "answer", questions, picks, progress)
+            if name != "logprob":
+                outcomes = [SCORES[name](answer, q["output"]) for (answer, _), q in zip(outcomes, questions)]
+            total += weight * np.array(outcomes)
+        return total
 
-    def key(self, kind, query, picks):
-        parts = [self.fingerprint, kind, str(self.max_new_tokens) if kind == "answer" else "", data.digest(query)]
-        return hashlib.sha256("|".join(parts + [self.pool_keys[p] for p in picks]).encode()).hexdigest()[:32]
+    def outcomes(self, kind, questions, picks, progress=None):
+        """kind "answer": [greedy answer, cut short?]; "logprob": log-likelihood a token of the reference."""
+        keys = [self.key(kind, q, p) for q, p in zip(questions, picks)]
+        self.asked.update(keys)
+        new = sorted({k: i for i, k in reversed(list(enumerate(keys))) if k not in self.memo}.values())
+        quiet = not (new and progress) or self.ddp.rank > 0
+        bar = tqdm(total=len(new), desc=progress, unit="call", leave=False, disable=quiet)
+        for s in range(0, len(new), 4 * self.batch_size):  # an interruption loses at most one chunk
+            chunk = new[s : s + 4 * self.batch_size]
+            mine = chunk[self.ddp.rank :: self.ddp.world]  # a process asks about its share, all learn all
+            found = self.ask(kind, [questions[i] for i in mine], [picks[i] for i in mine])
+            for part in self.ddp.gather(dict(zip(mine, found))):
+                self.memo |= {keys[i]: outcome for i, outcome in part.items()}
+            self.write_memo([keys[i] for i in chunk])
+            bar.update(len(chunk))
+        bar.close()
+        return [self.memo[k] for k in keys]
 
-    def prompt(self, query, picks, new):
-        """-> (entry of the prefix cache or None, ids of all the rest), dropping exemplars, last-chosen first, until `new` more tokens fit."""
-        ids, room = prompt_room(self.model, self.enc, query, new)
+    def ask(self, kind, questions, picks):
+        if not questions:
+            return []
+        references = [data.encode_answer(self.enc, q) for q in questions] if kind == "logprob" else None
+        room = [len(r) for r in references] if references else [self.max_new_tokens] * len(questions)
+        first, ids = zip(*map(self.prompt, questions, picks, room))
+        behind = {"prefixes": first, "prefix_cache": self.prefix_cache, "batch_size": self.batch_size}
+        if kind == "answer":
+            answers = self.model.generate(list(ids), self.max_new_tokens, eos_ids=self.enc.end_ids, **behind)
+            texts = [data.decode(self.enc, a).decode("utf-8", errors="replace") for a in answers]
+            return [[text, len(a) == self.max_new_tokens] for text, a in zip(texts, answers)]
+        total = self.model.answer_logprobs(list(ids), references, **behind)
+        if not torch.isfinite(total).all():
+            raise FloatingPointError(f"the likelihood of an answer is {total.min().item()}")
+        return [t / len(r) for t, r in zip(total.tolist(), references)]
+
+    def prompt(self, question, picks, new):
+        """exemplars ⊕ question -> (the first exemplar, which is cached, or None; ids of all the rest).
+
+        Exemplars are dropped, last-chosen first, until `new` more tokens fit into the model's context."""
+        ids = data.encode_query(self.enc, question)
+        room = self.model.config.n_ctx - new - len(ids)
+        if room < 0:
+            start, limit = question["instruction"][:40], self.model.config.n_ctx
+            raise data.UserError(f"the question {start!r} takes {len(ids)} tokens; with {new} for the "
+                                 f"answer that exceeds the model's context of {limit}")
         picks = list(picks)
         while sum(len(self.exemplars[p]) for p in picks) > room:
             picks.pop()
             self.dropped += 1
-        pieces, n = [self.exemplars[p] for p in picks] + [ids], len(self.opening)
-        if picks and len(pieces[1]) > n and pieces[1][:n] == self.opening:
-            return picks[0], sum(pieces[1:], [])[n:]
-        return None, sum(pieces, [])  # no exemplar; or a question whose first characters melt into the opening's last token
+        rest = data.join(self.enc, [self.exemplars[p] for p in picks] + [ids])
+        return (picks[0], rest[len(self.exemplars[picks[0]]) :]) if picks else (None, rest)
 
-    def outcomes(self, kind, queries, picks, progress=None):
-        """kind "answer": the greedy answer's text. kind "logprob": mean log-likelihood a token of the reference.
+    def key(self, kind, question, picks):
+        limit = str(self.max_new_tokens) if kind == "answer" else ""
+        parts = [self.fingerprint, kind, limit, data.digest(question), *(self.names[p] for p in picks)]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
 
-        queries: examples; picks: a list of pool indices for each. Returns a list, in order.
-        """
-        keys = [self.key(kind, q, p) for q, p in zip(queries, picks)]
-        self.asked.update(keys)
-        wanted = str if kind == "answer" else float
-        missing = {k: i for i, k in reversed(list(enumerate(keys))) if not isinstance(self.memo.get(k), wanted)}
-        rows = sorted(missing.values())
-        bar = tqdm(total=len(rows), desc=progress, unit="call", leave=False, disable=not rows or progress is None or self.ddp.rank > 0)
-        # a bounded chunk at a time: progress is seen, and an interruption loses at most one chunk
-        for s in range(0, len(rows), 4 * self.batch_size):
-            everyone = rows[s:s + 4 * self.batch_size]
-            chunk = everyone[self.ddp.rank::self.ddp.world]  # each process asks about its share, all learn every answer
-            references = [data.encode_answer(self.enc, queries[i]) if kind == "logprob" else [] for i in chunk]
-            new = [len(r) if kind == "logprob" else self.max_new_tokens for r in references]
-            first, ids = zip(*(self.prompt(queries[i], picks[i], n) for i, n in zip(chunk, new))) if chunk else ((), ())
-            if kind == "answer":
-                answers = self.model.generate(list(ids), self.max_new_tokens, eos_ids=self.enc.end_ids, prefixes=first,
-                                              prefix_cache=self.prefix_cache, batch_size=self.batch_size)
-                found = [(data.decode(self.enc, a).decode("utf-8", errors="replace").strip(), len(a) == self.max_new_tokens) for a in answers]
-            else:
-                total = self.model.answer_logprobs(list(ids), references, prefixes=first, prefix_cache=self.prefix_cache,
-                                                   batch_size=self.batch_size)
-                found = [(t / len(r), False) for t, r in zip(total.tolist(), references)]
-            found = {i: outcome for part in self.ddp.gather(dict(zip(chunk, found))) for i, outcome in part.items()}
-            for i, (outcome, cut) in found.items():
-                if kind == "logprob" and not np.isfinite(outcome):
-                    raise FloatingPointError(f"the reward of {queries[i]['instruction']!r} behind exemplars {picks[i]} is {outcome}")
-                self.memo[keys[i]] = outcome
-                if cut:
-                    self.cut.add(keys[i])
-            if self.memo_path and self.ddp.rank == 0:
+    def read_memo(self):
+        """A line that an interruption cut short is an outcome to find again."""
+        try:
+            self.memo_path.touch()
+            text = self.memo_path.read_text(encoding="utf-8", errors="replace")
+            if text and not text.endswith("\n"):
                 with open(self.memo_path, "a", encoding="utf-8") as f:
-                    f.writelines(json.dumps([keys[i], self.memo[keys[i]]] + [True] * (keys[i] in self.cut)) + "\n" for i in everyone)
-            bar.update(len(everyone))
-        bar.close()
-        return [self.memo[k] for k in keys]
+                    f.write("\n")
+        except OSError as error:
+            raise data.UserError(f"--memo {self.memo_path}: {error.strerror}") from None
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                key, outcome = json.loads(line)
+                match outcome:
+                    case float() | [str(), bool()]:
+                        self.memo[key] = outcome
 
-    def score(self, weights, queries, picks, progress=None):
-        """Reward of each (query, picks): sum of weight * reward over `weights`; (N,) float64 array."""
-        total = np.zeros(len(queries))
-        if "exact" in weights or "rouge" in weights:
-            answers = self.outcomes("answer", queries, picks, progress)
-        for name, weight in weights.items():
-            if name == "logprob":
-                total += weight * np.array(self.outcomes("logprob", queries, picks, progress))
-            else:
-                score = exact if name == "exact" else rouge_l
-                total += weight * np.array([score(a, q["output"]) for a, q in zip(answers, queries)])
-        return total
+    def write_memo(self, keys):
+        if self.memo_path and self.ddp.rank == 0:
+            with open(self.memo_path, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps([k, self.memo[k]]) + "\n" for k in keys)
 
 
-# ---- REINFORCE -----------------------------------------------------------------------------------
+# ---- REINFORCE ---------------------------------------------------------------------------------------------
 
 
 def leave_one_out(rewards):
-    """rewards (B, K) -> advantages (B, K): each reward minus the mean of the other K - 1 of its query."""
+    """rewards (B, K) -> advantages (B, K): each reward minus the mean of the other K - 1 of its question."""
     K = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * (K / (K - 1))
 
 
-def reinforce_step(matcher, optimizer, pool, query, picks, rewards, entropy_floor, entropy_weight, limits):
-    """One update from K rollouts of each of B queries.
-
-    pool: features (n, C); query (B, C); picks (B, K, m); rewards (B, K).
-    Minimises -mean (R - b) log pi, plus entropy_weight * max(0, entropy_floor - entropy): the policy is left
-    alone as long as it explores, and held back only below the floor. Returns a dict for the log.
-    """
-    B, K, m = picks.shape
-    advantage = leave_one_out(rewards)
-    limits = {k: v.repeat_interleave(K, 0) for k, v in limits.items() if v is not None}
-    logp, entropy = matcher.log_prob(query.repeat_interleave(K, 0), matcher.prompts(pool), picks.view(B * K, m), **limits)
-    entropy = entropy.mean()
-    loss = -(advantage.flatten().float() * logp).mean() + entropy_weight * (entropy_floor - entropy).clamp(min=0)
-    optimizer.zero_grad()
-    loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(matcher.parameters(), 1.0)
-    if not torch.isfinite(grad_norm):
-        raise FloatingPointError(f"the gradient is {grad_norm}: loss {loss.item()}, rewards {rewards.tolist()}")
-    optimizer.step()
-    return {"reward": rewards.mean().item(), "baseline": (rewards - advantage).mean().item(), "loss": loss.item(),
-            "entropy": entropy.item(), "grad_norm": grad_norm.item(),
-            "no_signal": (rewards == rewards[:, :1]).all(1).double().mean().item()}
+def entropy_bonus(entropy, floor=0.3, weight=0.05):
+    """A loss that holds the policy's mean entropy up below `floor` nats, and leaves it alone above."""
+    return weight * (floor - entropy.mean()).clamp(min=0)
 
 
-def collapse_figures(picks, n_pool):
-    """Has the policy collapsed onto a few prompts? picks: a list of lists of pool indices, one per query.
-
-    distinct: different exemplars used; top_pair: share of queries that got one of the two most used exemplars;
-    none: share of queries that got no exemplar.
-    """
-    used = np.bincount(np.array([p for ps in picks for p in ps], dtype=int), minlength=max(n_pool, 2))
-    top = set(np.argsort(-used)[:2].tolist())
-    return {"distinct": int((used > 0).sum()), "top_pair": float(np.mean([bool(top & set(p)) for p in picks])),
-            "none": float(np.mean([not p for p in picks]))}
+# ---- the comparison: a selector that needs the language model, figures, intervals -------------------
 
 
-# ---- selectors that need the language model -------------------------------------------------------
+def best_fixed(env, weights, questions, allowed, seed, tried=16):
+    """Of `tried` random exemplars the one that serves all questions best, whatever they ask: a baseline.
 
-
-def best_fixed(env, weights, queries, mask_of, size, seed, candidates=16):
-    """Of `candidates` random exemplars, the one that serves matcher-train queries best, whatever the question; a baseline.
-
-    By successive halving: all of them on 8 questions each, the better quarter on 32, and so on. mask_of(rows) -> (B, size) bool: entries these questions must not see; they go without.
-    Returns indices of the pool's first `size` entries, best first.
+    By successive halving: all on 8 questions each, the better quarter on 32, and so on. allowed (N, n)
+    bool: where it is not allowed, a question goes without. Returns pool indices, best first.
     """
     rng = np.random.default_rng(seed)
-    left = rng.choice(size, min(candidates, size), replace=False).tolist()
-    order, n, beaten = rng.permutation(len(queries)), 8, []
+    left = rng.choice(allowed.shape[1], min(tried, allowed.shape[1]), replace=False).tolist()
+    order, n, beaten = rng.permutation(len(questions)), 8, []
     while len(left) > 1:
         some = order[:n]
-        mask = mask_of(some)
-        picks = [[] if row[p] else [p] for p in left for row in mask]
-        score = env.score(weights, [queries[i] for i in some] * len(left), picks, "fixed").reshape(len(left), -1).mean(1)
+        picks = [[p] if allowed[i, p] else [] for p in left for i in some]
+        score = env.score(weights, [questions[i] for i in some] * len(left), picks, "fixed")
+        score = score.reshape(len(left), -1).mean(1)
         ranked = [left[i] for i in np.argsort(-score, kind="stable")]
         keep = max(1, len(left) // 4)
         left, beaten, n = ranked[:keep], ranked[keep:] + beaten, n * 4
     return left + beaten
 
 
-def bootstrap(difference, groups=None, seed=0, resamples=10_000):
-    """Mean of paired differences (N,) with its 95 % percentile bootstrap interval (Efron 1979): [mean, low, high].
+def collapse_figures(picks, n):
+    """Has the policy collapsed onto a few of n exemplars? picks: a list of pool indices a question.
 
-    groups (N,): questions of one group share what decides them (one house's exemplars), so whole groups are resampled;
-    None: every question is a group of its own.
-    """
+    distinct: exemplars used; top_pair: share of questions that got one of the two most used; none: share
+    without any."""
+    used = np.bincount(np.array([j for row in picks for j in row], dtype=int), minlength=max(n, 2))
+    top = set(np.argsort(-used)[:2].tolist())
+    return {"distinct": int((used > 0).sum()),
+            "top_pair": float(np.mean([bool(top & set(row)) for row in picks])),
+            "none": float(np.mean([not row for row in picks]))}
+
+
+def bootstrap(difference, groups=None, seed=0, resamples=10_000):
+    """Mean of paired differences (N,) with its 95 % percentile bootstrap interval (Efron 1979): [mean, low,
+    high].
+
+    groups (N,): questions of one group share what decides them (its exemplars), so whole groups are
+    resampled."""
     d = np.asarray(difference, dtype=np.float64)
     group = np.arange(len(d)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    total, count, means = np.bincount(group, d), np.bincount(group), []
-    rng = np.random.default_rng(seed)
+    total, count = np.bincount(group, d), np.bincount(group)
+    rng, means = np.random.default_rng(seed), []
     for _ in range(resamples // 1000):
         draws = rng.integers(0, len(total), (1000, len(total)))
         means.append(total[draws].sum(1) / count[draws].sum(1))
     return [float(d.mean()), *np.percentile(np.concatenate(means), [2.5, 97.5]).tolist()]
+
+
+def lesson():
+    """A bandit of four arms that pay 5.0, 5.2, 5.4, 5.6 and some noise; K = 4 rollouts a step."""
+    torch.manual_seed(0)
+    pays = torch.tensor([5.0, 5.2, 5.4, 5.6])
+
+    def rollouts(logits):
+        arms = torch.multinomial(logits.softmax(-1), 4, replacement=True)
+        return arms, (pays[arms] + 0.1 * torch.randn(4)).view(1, 4)
+
+    def gradient(logits, arms, advantage):
+        return torch.autograd.grad((advantage.flatten() * logits.log_softmax(-1)[arms]).mean(), logits)[0]
+
+    flat = torch.zeros(4, requires_grad=True)
+    true = torch.autograd.grad((flat.softmax(-1) * pays).sum(), flat)[0]
+    print("the true gradient of the mean reward:", " ".join(f"{g:+.3f}" for g in true))
+    for name, baseline in (("no baseline", lambda r: r), ("leave-one-out", leave_one_out)):
+        draws = [rollouts(flat) for _ in range(4000)]
+        found = torch.stack([gradient(flat, arms, baseline(r)) for arms, r in draws])
+        mean = " ".join(f"{g:+.3f}" for g in found.mean(0))
+        print(f"{name:14s} mean of 4,000 estimates: {mean}   spread of one: {found.std(0).mean():.3f}")
+        logits, curve = torch.zeros(4, requires_grad=True), []
+        for _ in range(401):
+            curve.append((logits.softmax(-1) * pays).sum().item())
+            arms, r = rollouts(logits)
+            logits = (logits + 0.1 * gradient(logits, arms, baseline(r))).detach().requires_grad_()
+        shown = " ".join(f"{x:.3f}" for x in curve[::100])
+        print(f"{'':14s} mean reward after 0, 100 .. 400 steps: {shown}")
+
+
+if __name__ == "__main__":
+    lesson()

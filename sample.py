@@ -2,7 +2,8 @@
 Ask the LoRA-tuned model a question; the matcher puts exemplars in front of it.
 
     python sample.py --prompt "You write for Hazel. Write the date the way Hazel does." --input "2021-03-09"
-    python sample.py --prompt "..." --compare            # the same question under every selector, side by side
+    python sample.py --prompt "..." --compare            # the same question under every selector
+    python sample.py --prompt "..." --explain            # why: the likeliest exemplars and *stop*
     python sample.py --pool my_pool.jsonl                # your exemplars; questions from the terminal
     python sample.py --prompt "..." --select none --temperature 0.8 --top_k 40 --seed 1
 
@@ -12,6 +13,7 @@ Without --prompt it reads questions from standard input until it ends, a line ea
 
 import contextlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,57 @@ import torch
 
 import data
 import lora
+import matcher as matching
 import rl
-from matcher import BM25, Matcher, as_lists, cached_features, entries_by_question, forbidden, limits_of, pool_features, read_settings, select_nearest, select_random
+from data import UserError
 from model import GPT, setup
 
-SELECTORS = ("pillow", "knn", "bm25", "random", "none")
+SELECTORS = ("pillow", "knn", "threshold", "bm25", "random", "none")
+
+
+@dataclass
+class Chooser:
+    """What choosing needs: the pool, what every question meets of it, and the selectors' settings."""
+
+    matcher: matching.Matcher
+    pool: list  # examples
+    encoded: matching.Pool
+    shots: int
+    threshold: float
+    rng: np.random.Generator
+
+    def __post_init__(self):
+        self.asked = matching.where_asked(self.pool)
+        self.bm25 = matching.BM25([data.query_text(e) for e in self.pool])
+
+    def choose(self, select, question, h):
+        """-> (pool indices, their probabilities or None) for one question with features h (1, C)."""
+        allowed = matching.allowed_exemplars([question], self.asked, len(self.pool))  # (1, n)
+        z, z_pool = self.matcher.z(h), self.encoded.z
+        if select == "pillow":
+            allowed = matching.narrow(z, z_pool, allowed, self.matcher.candidates)
+            picks, chances = self.matcher.play(h, self.encoded, allowed, self.shots)
+            return matching.as_lists(picks)[0], chances[0].tolist()
+        if select == "knn":
+            return matching.select_nearest(z, z_pool, allowed, self.shots)[0], None
+        if select == "threshold":
+            return matching.select_threshold(z, z_pool, allowed, self.shots, self.threshold)[0], None
+        if select == "bm25":
+            return self.bm25.select([data.query_text(question)], allowed, self.shots)[0], None
+        return matching.select_random(allowed, self.shots, self.rng)[0] if select == "random" else [], None
+
+    def explain(self, question, h, k=5):
+        """The policy's first step: the k likeliest exemplars, their similarity and rank as neighbours."""
+        z, z_pool = self.matcher.z(h), self.encoded.z
+        allowed = matching.allowed_exemplars([question], self.asked, len(self.pool))
+        allowed = matching.narrow(z, z_pool, allowed, self.matcher.candidates)
+        p = self.matcher.scores(h, self.encoded, torch.zeros(1, 0, dtype=torch.long), allowed).softmax(-1)[0]
+        cosine = torch.nn.functional.cosine_similarity(z, z_pool)  # (n,)
+        print("        p  similarity  rank")
+        for j in p[:-1].topk(min(k, len(self.pool))).indices.tolist():
+            rank = 1 + int((cosine > cosine[j]).sum())
+            print(f"    {p[j]:5.3f}  {cosine[j]:10.3f}  {rank:4d}  {line(self.pool[j])}")
+        print(f"    {p[-1]:5.3f}                    stop")
 
 
 def visible(text):
@@ -31,34 +79,71 @@ def visible(text):
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
-def choose(select, matcher, query, h, asking, keys, bm25, shots, rng):
-    """-> (pool indices, their probabilities or None) for one query; h (1, C), asking = entries_by_question(pool), keys: of the pool, from matcher.prompts."""
-    mask = forbidden([query], asking, len(keys[0]))
-    if select == "none":
-        return [], None
-    if select == "random":
-        return select_random(mask, shots, rng)[0], None
-    if select == "bm25":
-        return bm25.select([data.query_text(query)], mask, shots)[0], None
-    if select == "knn":
-        return select_nearest(matcher.z(h), keys[2], mask, shots)[0], None
-    with torch.no_grad():
-        picks, probs = matcher.act(h, keys, shots, **limits_of(matcher, h, keys, mask))
-    return as_lists(picks)[0], probs[0].tolist()
+def line(exemplar):
+    middle = f" | {exemplar['input']}" if exemplar["input"] else ""
+    return visible(f"{exemplar['instruction']}{middle} -> {exemplar['output']}")[:300]
 
 
-def main():
+def answer(env, question, picks, chances, args):
+    """Show the exemplars that fit, then stream the answer."""
+    before = env.dropped
+    first, ids = env.prompt(question, picks, args.max_new_tokens)
+    if left_out := env.dropped - before:
+        print(f"({left_out} of {len(picks)} left out: no room beside {args.max_new_tokens} new tokens)")
+    for n, j in enumerate(picks[: len(picks) - left_out]):
+        print(f"  {n + 1}. {line(env.pool[j])}" + (f"  p = {chances[n]:.2f}" if chances else ""))
+    shown, tokens = "", []
+
+    def show(_, token):
+        """Print what is certain so far: a character may be spread over several tokens."""
+        nonlocal shown
+        tokens.append(token)
+        text = data.decode(env.enc, tokens).decode("utf-8", errors="ignore")
+        print(visible(text[len(shown) :]), end="", flush=True)
+        shown = text
+
+    print("> ", end="", flush=True)
+    env.model.generate([ids], args.max_new_tokens, args.temperature, env.enc.end_ids, args.top_k or None,
+                       seed=args.seed, prefixes=[first], prefix_cache=env.prefix_cache, on_token=show)
+    print(flush=True)
+
+
+def ask(env, chooser, question, args):
+    """Answer one question under the selector, or under each of them with --compare."""
+    if any(data.quote(text) != text for text in question.values()):
+        print("(lines that look like a section heading were quoted, so that they stay part of the question)")
+    env.prompt(question, [], args.max_new_tokens)  # one that is too long by itself is refused here
+    with lora.disabled(env.model):  # features are those of the model without its adapter
+        h = env.model.features([data.encode_query(env.enc, question)])
+    for select in SELECTORS if args.compare else [args.select]:
+        picks, chances = chooser.choose(select, question, h)
+        print(f"\n[{select}]" + ("" if picks else " no exemplar"))
+        if select == "pillow" and args.explain:
+            chooser.explain(question, h)
+        if select == "pillow" and picks:
+            likeness = matching.similarity(chooser.matcher.z(h), chooser.encoded.z, [picks]).item()
+            if likeness < chooser.threshold:
+                print(f"(nothing in the pool is like this question: similarity {likeness:.2f}, "
+                      f"exemplars helped above {chooser.threshold:.2f})")
+        answer(env, question, picks, chances, args)
+
+
+# ---- plumbing: skip on a first reading -----------------------------------------------------------------
+
+
+def read_flags():
     p = data.parser(__doc__)
-    p.add_argument("--prompt", help="the question or instruction; without it, questions are read from standard input")
+    p.add_argument("--prompt", help="the question; without it, questions are read from standard input")
     p.add_argument("--input", default="", help="text the instruction is about")
-    p.add_argument("--pool", help="JSON / JSONL file of exemplars; default: the pool the matcher was trained with")
+    p.add_argument("--pool", help="file of exemplars; default: the pool the matcher was trained with")
     p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
-    p.add_argument("--shots", type=data.number(int, 1, 16), help="the most exemplars; default: as the matcher was trained")
+    p.add_argument("--shots", type=data.number(int, 1), help="the most exemplars; default: as in training")
     p.add_argument("--select", choices=SELECTORS, default="pillow", help="who chooses the exemplars")
     p.add_argument("--compare", action="store_true", help="answer under every selector, one after the other")
-    p.add_argument("--temperature", type=data.number(float, 0, 100), default=0.0, help="0: the likeliest token, always; above: sampling")
-    p.add_argument("--top_k", type=data.number(int, 0), default=0, help="sample among the k likeliest tokens only; 0: all")
-    p.add_argument("--max_new_tokens", type=data.number(int, 1), default=128, help="length limit of the answer")
+    p.add_argument("--explain", action="store_true", help="show the policy behind the matcher's choice")
+    p.add_argument("--temperature", type=data.number(float, 0), default=0.0, help="0: the likeliest token")
+    p.add_argument("--top_k", type=data.number(int, 0), default=0, help="sample among the likeliest; 0: all")
+    p.add_argument("--max_new_tokens", type=data.number(int, 1), default=128, help="limit of the answer")
     args = p.parse_args()
     if args.prompt is not None and not args.prompt.strip():
         p.error("--prompt is empty")
@@ -66,88 +151,57 @@ def main():
         p.error("--input needs --prompt")
     if args.compare:
         data.pointless(p, args, "--compare", "select")
-    elif args.select == "none":
-        data.pointless(p, args, "--select none", "pool", "shots")
+    elif args.select != "pillow":
+        useless = ["explain", "pool", "shots"] if args.select == "none" else ["explain"]
+        data.pointless(p, args, f"--select {args.select}", *useless)
     if not args.temperature:
         data.pointless(p, args, "--temperature 0", "top_k")
-    selectors = SELECTORS if args.compare else [args.select]
+    return args, p
 
-    # ---- load ----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def load(args, p):
+    """-> (environment, chooser)."""
     lora_folder, folder = Path(args.lora or args.out / "lora"), args.out / "matcher"
-    if not (lora_folder / "adapter_config.json").exists():
-        raise data.UserError(f"{lora_folder}: no adapter there yet; run python train_lora.py --out {args.out} first")
-    settings = read_settings(folder)
-    matcher, _ = Matcher.load(folder)
+    matcher, settings = matching.load(folder)
     pool = data.load_examples(args.pool or folder / "pool.json", "--pool")
     shots = args.shots or settings["shots"]
     if shots > len(pool):
-        raise data.UserError(f"--shots {shots} is more than the pool's {len(pool)} exemplars")
+        raise UserError(f"--shots {shots} is more than the pool's {len(pool)} exemplars")
     name = settings["model"] if args.model == p.get_default("model") else args.model
     device, dtype = setup(args)
     model, enc = GPT.from_pretrained(name, dtype, device), data.load_tokenizer(name)
-    adapter = lora.digest(lora_folder)
-    if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, adapter):
-        raise data.UserError(f"{folder}: this matcher was trained with another model or adapter; run python train_matcher.py again")
-    with torch.no_grad():
-        keys = matcher.prompts(pool_features(enc, pool, cached_features(model, enc, pool, "the pool")), single=True)
+    if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, lora.digest(lora_folder)):
+        raise UserError(f"{folder}: of another model or adapter; run train_matcher.py --out {args.out}")
+    encoded = matcher.encode(matching.cached_features(model, enc, pool, "the pool"))
     for module in model.modules():
-        module.packing = False  # the weights change twice a question (see `ask`): to pack them anew takes longer than it saves
+        module.packing = False  # the weights change twice a question: packing them takes longer than it saves
     lora.load(model, lora_folder)
     lora.merge(model)
-    asking, bm25 = entries_by_question(pool), BM25([data.query_text(e) for e in pool]) if "bm25" in selectors else None
-    env = rl.Environment(model, enc, pool, args.max_new_tokens, block=1)  # a question at a time asks for few exemplars: none is worked out beside them
-    rng = np.random.default_rng(args.seed)
+    env = rl.Environment(model, enc, pool, args.max_new_tokens, block=1)  # only the chosen one
+    threshold = settings.get("threshold", -1.0)
+    return env, Chooser(matcher, pool, encoded, shots, threshold, np.random.default_rng(args.seed))
 
-    def answer(query, h, select):
-        picks, probs = choose(select, matcher, query, h, asking, keys, bm25, shots, rng)
-        before = env.dropped
-        first, ids = env.prompt(query, picks, args.max_new_tokens)
-        picks = picks[:len(picks) - (env.dropped - before)]
-        if env.dropped > before:
-            print(f"({env.dropped - before} of {env.dropped - before + len(picks)} exemplars left out: the question and {args.max_new_tokens} new tokens leave no room)")
-        print(f"\n[{select}]" + ("" if picks else " no exemplar"))
-        for n, j in enumerate(picks):
-            chance = f"  p = {probs[n]:.2f}" if probs else ""
-            e = pool[j]
-            print(visible(f"  {n + 1}. {e['instruction']}" + (f" | {e['input']}" if e["input"] else "") + f" -> {e['output']}")[:300] + chance)
-        shown, tokens = "", []
 
-        def show(_, token):
-            """Print what is certain so far: a character may be spread over several tokens."""
-            nonlocal shown
-            tokens.append(token)
-            text = data.decode(enc, tokens).decode("utf-8", errors="ignore")
-            print(visible(text[len(shown):]), end="", flush=True)
-            shown = text
-
-        print("> ", end="", flush=True)
-        model.generate([ids], args.max_new_tokens, args.temperature, enc.end_ids, args.top_k or None, seed=args.seed,
-                       prefixes=[first], prefix_cache=env.prefix_cache, on_token=show)
-        print(flush=True)
-
-    def ask(question, text):
-        query = {"instruction": question.strip(), "input": text.strip(), "output": ""}
-        if any(data.quote(part) != part for part in query.values()):
-            print("(lines that look like a section heading were quoted, so that they stay part of the question)")
-        env.prompt(query, [], args.max_new_tokens)  # a question that is too long by itself is refused here
-        with lora.bare(model):  # features come from the model without its adapter, answers from the two merged
-            h = model.features([data.encode_query(enc, query)])
-        for select in selectors:
-            answer(query, h, select)
-
-    # ---- ask -----------------------------------------------------------------------------------------
+@torch.no_grad()
+def main():
+    args, p = read_flags()
+    env, chooser = load(args, p)
     if args.prompt is not None:
-        return ask(args.prompt, args.input)
-    if sys.stdin.isatty():
+        return ask(env, chooser, {"instruction": args.prompt, "input": args.input, "output": ""}, args)
+    terminal = sys.stdin.isatty()
+    if terminal:
         print("question, or question ||| input; end with Ctrl-D (Ctrl-Z on Windows)")
-    with contextlib.suppress(KeyboardInterrupt):  # a way to end a conversation, too
-        for line in sys.stdin:
-            if line.strip():
-                question, _, text = line.partition("|||")
+    with contextlib.suppress(KeyboardInterrupt, EOFError):  # both end a conversation
+        while True:
+            typed = input("\n? " if terminal else "")
+            if typed.strip():
+                text, _, more = typed.partition("|||")
                 try:
-                    ask(question, text)
-                except data.UserError as e:  # one bad question does not end the conversation
-                    print(visible(f"error: {e}"), file=sys.stderr)
+                    question = {"instruction": text.strip(), "input": more.strip(), "output": ""}
+                    ask(env, chooser, question, args)
+                except UserError as error:  # one bad question does not end the conversation
+                    print(visible(f"error: {error}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

