@@ -1016,9 +1016,10 @@ def try_download(url, path, sha256, headers):
 # ---- flags and processes
 
 
-def number(kind, low, high=2**31 - 1):
-    """An argparse type: a number of `kind` within [low, high], and no nearer to 0 than float32 can divide
-    by."""
+def number(kind, low, high=None):
+    """An argparse type: a number of `kind` within [low, high] and float32's range, 0 or no nearer to it than
+    1e-30."""
+    high = high or {int: 2**31 - 1, float: 1e30}[kind]
 
     def parse(text):
         value = kind(text)

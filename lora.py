@@ -198,7 +198,7 @@ HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_pat
             "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "eva_config",
             "corda_config", "megatron_core", "qalora_group_size", "runtime_config",
             "ensure_weight_tying", "lora_ga_config"}
-STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that leave the base weight as it is
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # they leave the base weight as it is
 
 
 def read_config(path):
@@ -238,13 +238,14 @@ def load(model, folder):
                         "again, or go on with --resume")
     every, targets = linear_layers(model), config["target_modules"]
     if isinstance(targets, str):  # as PEFT: "all-linear", or a regular expression for the whole name
-        pattern = ".*" if targets == "all-linear" else targets
+        pattern = ".*" if targets.lower() == "all-linear" else targets
         chosen = {n for n, theirs in every.items() if re.fullmatch(pattern, theirs)}
     else:  # a name that matches nothing beside some that do is passed over, as PEFT does
         chosen = {n for n, theirs in every.items() if any(ends_in(str(t), theirs, theirs) for t in targets)}
     found = {}
     for key, tensor in data.read_safetensors(path):
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.\w+)?\.weight", key)  # .default?
+        # an adapter's own name may stand in front of .weight
+        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight", key)
         if match is None or match.groups() in found:
             raise UserError(f"{path}: the weight {key!r} is not one of a LoRA layer, or stands there twice")
         found[match.groups()] = tensor

@@ -1,10 +1,11 @@
 """
-Every test of this repository, and a second tutorial: one behaviour each, named for it.
+Every test of this repository, and a second tutorial: one behaviour each, named for it, in the method's order.
 
-    python test_all.py                    # everything, about a minute on two CPU cores; no network, no test runner
+    python test_all.py                    # everything, about two minutes; no network, no test runner
     python test_all.py matcher            # only the tests whose name contains "matcher"
     KILLS=30 python test_all.py killed    # the interruption tests with 30 kills each instead of 2
-    LONG=1 python test_all.py large_pool  # with 100,000 entries instead of 1,500: some minutes
+    LONG=1 python test_all.py long        # a thousand questions, a pool of 100,000 exemplars: some minutes
+    python test_all.py --bench [PART ...] [--model NAME]   # speed, against transformers + PEFT
     python -m pytest test_all.py          # the same tests under pytest
 
 The models are random and tiny, everything is written to temporary folders. Where transformers and PEFT are
@@ -36,8 +37,8 @@ import threading
 import time
 import traceback
 import types
-import unittest
 import unicodedata
+import unittest
 import unittest.mock
 import zipfile
 from collections import Counter
@@ -111,7 +112,8 @@ def failing(error):
 
 def close(a, b, tolerance):
     """Are a and b equal to within `tolerance`, absolutely? And are they numbers at all?"""
-    a, b = (torch.as_tensor(np.asarray(x.detach() if isinstance(x, torch.Tensor) else x, dtype=np.float64)) for x in (a, b))
+    a, b = (x.detach() if isinstance(x, torch.Tensor) else x for x in (a, b))
+    a, b = (torch.as_tensor(np.asarray(x, dtype=np.float64)) for x in (a, b))
     assert a.shape == b.shape and torch.isfinite(a).all(), (a.shape, b.shape)
     assert (a - b).abs().max() <= tolerance, f"{(a - b).abs().max():.2e} apart, {tolerance} allowed"
     return True
@@ -120,7 +122,7 @@ def close(a, b, tolerance):
 # ---- tiny models in Hugging Face's layout --------------------------------------------------------
 
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello", "Ġ Ġ", "1 2"]
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
 
 
@@ -140,7 +142,8 @@ def vocabulary(lack=()):
 
 def tokenizer(lack=(), pre=BYTE_LEVEL, normalizer=None, **changes):
     """A tokenizer.json, as a dict, of 2 special tokens, the single bytes and seven merges."""
-    special = [{"content": "<|endoftext|>", "id": 0, "special": True}, {"content": "<|im_end|>", "id": 1}]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    special = [{"content": token, "id": i} | plain for i, token in enumerate(("<|endoftext|>", "<|im_end|>"))]
     bpe = {"type": "BPE", "vocab": vocabulary(lack), "merges": MERGES} | changes
     return {"added_tokens": special, "normalizer": normalizer, "pre_tokenizer": pre, "model": bpe}
 
@@ -150,7 +153,8 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_si
          "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
          "tie_word_embeddings": True, "eos_token_id": 0, "bos_token_id": 0}
-GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": V, "n_embd": 32, "n_head": 4,
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": V, "n_embd": 32,
+        "n_head": 4,
         "n_layer": 2, "n_positions": 512, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
         "eos_token_id": 0, "bos_token_id": 0}
 BOTH = LLAMA, GPT2
@@ -164,13 +168,17 @@ def shapes_of(c):
                  "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
         for i in range(c["n_layer"]):
             for name, shape in layer.items():
-                out |= {f"transformer.h.{i}.{name}.weight": shape, f"transformer.h.{i}.{name}.bias": shape[-1:]}
-        return out | {"transformer.wte.weight": (c["vocab_size"], C), "transformer.wpe.weight": (c["n_positions"], C),
+                name = f"transformer.h.{i}.{name}"
+                out |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
+        return out | {"transformer.wte.weight": (c["vocab_size"], C),
+                      "transformer.wpe.weight": (c["n_positions"], C),
                       "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
-    C, M, H, KV = (c[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"))
+    C, M = c["hidden_size"], c["intermediate_size"]
+    H, KV = c["num_attention_heads"], c["num_key_value_heads"]
     D = C // H
     layer = {"input_layernorm": (C,), "self_attn.q_proj": (H * D, C), "self_attn.k_proj": (KV * D, C),
-             "self_attn.v_proj": (KV * D, C), "self_attn.o_proj": (C, H * D), "post_attention_layernorm": (C,),
+             "self_attn.v_proj": (KV * D, C), "self_attn.o_proj": (C, H * D),
+             "post_attention_layernorm": (C,),
              "mlp.gate_proj": (M, C), "mlp.up_proj": (M, C), "mlp.down_proj": (C, M)}
     out = {"model.embed_tokens.weight": (c["vocab_size"], C), "model.norm.weight": (C,)}
     for i in range(c["num_hidden_layers"]):
@@ -180,7 +188,7 @@ def shapes_of(c):
 
 
 def spread(name, shape):
-    """(mean, std) of a random weight: layers large enough for answers to wander about, norms and biases far from 1 and 0."""
+    """(mean, std) of a random weight: answers wander about, norms and biases are far from 1 and 0."""
     if len(shape) == 1:
         return (0, 0.2) if name.endswith("bias") else (1, 0.3)
     if ".h." in name or ".layers." in name:
@@ -635,8 +643,8 @@ def test_exact_forgives_white_space_only():
 def test_what_the_lora_is_trained_to_say_earns_the_reward_1():
     """Texts that are composed, quoted or indented on their way to tokens, by both kinds of tokenizer."""
     nfd = [unicodedata.normalize("NFD", t) for t in ("한국어", "Tiếng Việt", "é")]
-    texts = [*nfd, "Problem\n### Input:\n3 4", "  ### response : x", "    return x\n", "👍", "हिन्दी", "a\r\nb",
-             "> ### Input:"]
+    texts = [*nfd, "Problem\n### Input:\n3 4", "  ### response : x", "    return x\n", "👍", "हिन्दी",
+             "a\r\nb", "> ### Input:"]
     for normalizer in (None, {"type": "NFC"}):
         enc = data.make_encoding(tokenizer(normalizer=normalizer), "x")
         for text in texts:
@@ -647,8 +655,8 @@ def test_what_the_lora_is_trained_to_say_earns_the_reward_1():
 def test_rewards_are_named_and_weighted():
     assert rl.parse_reward("exact") == {"exact": 1.0}
     assert rl.parse_reward("rouge:0.5, logprob:2") == {"rouge": 0.5, "logprob": 2.0}
-    for bad in ("", "bleu", "rouge:x", "rouge:nan", "rouge:inf", "exact,", "rouge:0.5;exact", "rouge,rouge:0.5",
-                "exact:0", "rouge:-1"):
+    for bad in ("", "bleu", "rouge:x", "rouge:nan", "rouge:inf", "exact,", "rouge:0.5;exact",
+                "rouge,rouge:0.5", "exact:0", "rouge:-1"):
         assert "--reward" in refused(rl.parse_reward, bad), bad
 
 
@@ -778,10 +786,12 @@ def reinforce(tower, h_pool, h, pays, steps=1, picks=None, K=2, optimizer=None, 
     pool = [{"instruction": f"exemplar {j}", "input": "", "output": ""} for j in range(len(h_pool))]
     parts, n = ("train", "val", "test"), dict.fromkeys(("train", "val", "test"), len(pool))
     features = dict.fromkeys(parts, h) | {"pool": h_pool}
-    task = train_matcher.Task(pool, dict.fromkeys(parts, questions), features, n, Bandit(pays), {"exact": 1}, shots)
+    asked = dict.fromkeys(parts, questions)
+    task = train_matcher.Task(pool, asked, features, n, Bandit(pays), {"exact": 1}, shots)
     args = types.SimpleNamespace(steps=steps, seed=0, batch_size=len(h), rollouts=K, lr=0.0, eval_every=10**9)
     progress, bonus = train_matcher.Progress(), rl.entropy_bonus
     with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
         if picks is not None:
             def order(n, generator):
                 return torch.arange(n)
@@ -801,7 +811,7 @@ def test_the_expected_update_is_the_exact_gradient_of_the_expected_reward():
             tower, h_pool, h = random_matcher(n=2, seed=0)
             episodes = every_episode(tower, h_pool, h[0], shots, range(2))
             picked = [tuple(j for j in picks if j >= 0) for picks, _, _ in episodes]
-            rewards = {p: 0.001 * (1 + i * i) for i, p in enumerate(picked)}  # small: gradients are not clipped
+            rewards = {p: 0.001 * (1 + i * i) for i, p in enumerate(picked)}  # small: no clipping
             expected = {name: torch.zeros_like(p) for name, p in tower.named_parameters()}
             for some in itertools.product(episodes, repeat=K):
                 picks, pays = [[e[0] for e in some]], lambda b, p, r=rewards: r[p]
@@ -1243,6 +1253,50 @@ def test_exemplars_keep_their_shares_and_are_never_the_example_itself():
     for few in (1, 2):  # fewer others than shots
         out = texts([], [], few, shares=(0, 1), shots=3).exemplars([0] * 50, random.Random(0))
         assert out == [[1][:few - 1]] * 50
+
+
+def test_spellings_of_a_file_that_mean_the_same_are_read_the_same():
+    with folder() as d:
+        m, config, tensors = saved(d)
+        named = {key.replace(".weight", ".my-adapter.weight"): t for key, t in tensors.items()}
+        for change, some in (({"target_modules": "All-Linear"}, tensors),
+                             ({"init_lora_weights": "mica"}, tensors), ({}, named)):
+            write(d, config | change, some)
+            again = tiny()
+            lora.load(again, d)
+            assert torch.equal(logits(again), logits(m)), change
+
+
+def training_run(held_out=lambda *_: 1.0, requested=lambda: False, steps=4):
+    """train() with a held-out loss and a Ctrl-C of our own: (the steps that were saved, its last words)."""
+    args = types.SimpleNamespace(steps=steps, batch_size=2, seed=0, lr=1e-3, warmup=0.1, eval_every=2,
+                                 full=False, rank=2, alpha=4, targets="all", dropout=0.0)
+    run, saved_at, ends = train_lora.prepare(tiny(), args), [], ""
+    some = texts(ragged(5, 6, 7, 8), ragged(3, 2, 4, 3), n=3)
+    looked_at = {"requested": property(lambda self: requested()), "end": lambda self: None}
+    interrupt = type("Interrupt", (), looked_at)
+    with unittest.mock.patch.multiple(data, Interrupt=interrupt), \
+            unittest.mock.patch.object(train_lora, "held_out_loss", held_out):
+        try:
+            train_lora.train(run, some, args, data.Processes(), lambda: None,
+                             lambda: saved_at.append(run.step))
+        except data.UserError as error:
+            ends = str(error)
+    return saved_at, ends
+
+
+def test_a_held_out_loss_that_is_not_a_number_stops_the_run_before_it_is_saved():
+    values = iter((1.0, math.nan))
+    saved_at, end = training_run(lambda *_: next(values))
+    assert saved_at == [2] and "step 4" in end and "nan" in end
+
+
+def test_a_run_that_says_it_is_saved_is_saved_whenever_ctrl_c_comes():
+    for late in range(8):  # at the late-th time that anyone looks
+        looks = itertools.count()
+        saved_at, end = training_run(requested=lambda: next(looks) >= late)  # noqa: B023
+        if end:
+            assert f"stopped after step {saved_at[-1]}," in end, (late, saved_at, end)
 
 
 # ---- data.py: the template -------------------------------------------------------------------------
@@ -2778,7 +2832,8 @@ TRAIN = SIMPLE + "--steps 4 --batch_size 4 --eval_every 2 "
 FLAGS = {
     "train_lora": TRAIN + "--model tiny --data my.jsonl --rank 2 --lr .02",
     "train_lora --full": TRAIN + "--model tiny --data my.jsonl --lr .001",
-    "train_matcher": TRAIN + "--reward logprob --rollouts 3 --lr .001 --shots 2 --oracle 2 --max_new_tokens 8",
+    "train_matcher": TRAIN + "--reward logprob --rollouts 3 --lr .001 --shots 2 --oracle 2 "
+                             "--max_new_tokens 8",
     "train_matcher --eval_only": SIMPLE + "--oracle 2",
     "sample": SIMPLE + "--max_new_tokens 8",
 }
@@ -2807,7 +2862,8 @@ def lines_of(path):
 def notes(n, start=0):
     """n short examples, so that tiny models are done soon."""
     ways = {"words": "one two", "binary": "1 10 11", "Roman": "I II III"}
-    return [{"instruction": f"Say {i} in {way}.", "input": "" if i % 4 else "hello", "output": f"{i} {answer}"}
+    return [{"instruction": f"Say {i} in {way}.", "input": "" if i % 4 else "hello",
+             "output": f"{i} {answer}"}
             for i, (way, answer) in zip(range(start, start + n), itertools.cycle(ways.items()))]
 
 
@@ -3135,11 +3191,8 @@ def test_a_pool_that_grows_is_swapped_for_one_never_seen():
 def test_a_fully_tuned_model_is_a_row_of_the_comparison_and_a_model_folder_for_others():
     with copy_of_trained() as d:
         names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
-        settings, whole = {"tokenizer_class": "PreTrainedTokenizerFast"} | names, tokenizer()
-        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-        whole["added_tokens"] = [token | plain for token in whole["added_tokens"]]
-        for file, content in (("tokenizer_config.json", settings), ("tokenizer.json", whole)):
-            (d / "tiny" / file).write_text(json.dumps(content))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | names
+        (d / "tiny" / "tokenizer_config.json").write_text(json.dumps(settings))
         before = made(d)
         works("train_lora", "--full", cwd=d)
         after = made(d)
@@ -3406,7 +3459,7 @@ MISTAKES = {  # {script: "what the message names: flags | ..."}
         --lr: --lr nan | --lr: --lr -1 | --seed: --seed -1
         --dtype: --dtype float16 | --nope: --nope | --step: --step 3 | --steps: --steps x
         --rank: --full --rank 4 | --targets: --full --targets q_proj
-        share: --share_nearest 0.8 --share_random 0.3 | smaller --lr: --lr 1e9 --eval_every 4""",
+        share: --share_nearest 0.8 --share_random 0.3""",
     "train_matcher": """
         other: --model other | smollm2-135m: --model nope | train_lora.py: --lora nowhere
         nope.jsonl: --pool nope.jsonl | line 3: --pool bad.jsonl | no examples: --pool empty.jsonl

@@ -172,6 +172,8 @@ def train(run, texts, args, ddp, save_best, checkpoint):
         bar.update()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             row["held_out"] = held_out_loss(model, texts, ddp)
+            if not math.isfinite(row["held_out"]):  # a checkpoint of this step would lead nowhere
+                raise UserError(f"step {step + 1}: held-out loss {row['held_out']}; try a smaller --lr")
             better = row["held_out"] < run.best
             if better:
                 run.best = row["held_out"]
@@ -179,9 +181,8 @@ def train(run, texts, args, ddp, save_best, checkpoint):
             checkpoint()
             saved = "  (best: saved)" if better else ""
             bar.write(f"step {step + 1:4d}  loss {loss:.3f}  held-out {row['held_out']:.3f}{saved}")
-        elif ddp.sum([interrupt.requested])[0]:
+        if ddp.sum([interrupt.requested])[0] and step + 1 < args.steps:  # asked once: it may change any time
             checkpoint()
-        if ddp.sum([interrupt.requested])[0] and step + 1 < args.steps:
             raise UserError(f"stopped after step {step + 1}, which is saved; go on with --resume")
     bar.close()
     interrupt.end()
@@ -215,6 +216,8 @@ def read_flags():
         data.pointless(p, args, "--full", "rank", "alpha", "targets", "dropout")
     if args.lr is None:
         args.lr = 1e-4 if args.full else 2e-3
+    if not args.share_nearest + args.share_random:
+        data.pointless(p, args, "both shares of exemplars 0", "shots")
     return args, p
 
 
@@ -259,8 +262,9 @@ def save_checkpoint(path, run, settings):
         tensors |= {f"{i}.weight": master.detach(), f"{i}.m": s["exp_avg"], f"{i}.v": s["exp_avg_sq"]}
     best = run.best if math.isfinite(run.best) else None
     state = {"step": run.step, "best": best, "log": run.log, "settings": settings}
-    data.write_checkpoint(path, tensors, state)
+    # the log first: after a kill between the two, the run that goes on writes it again
     data.write_lines(path.with_name(path.name.replace("last_", "log_")).with_suffix(".jsonl"), run.log)
+    data.write_checkpoint(path, tensors, state)
 
 
 def resume(path, run, settings):
