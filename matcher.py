@@ -254,8 +254,8 @@ def tune_threshold(cosine, gain):
     order = torch.argsort(cosine, descending=True)
     total = F.pad(gain[order].cumsum(0), (1, 0))  # (N + 1,): the gain of taking the first 0, 1 .. N
     best = int(total.argmax())
-    edges = F.pad(cosine[order], (1, 1), value=1.0)
-    edges[-1] = -1.0
+    beyond = torch.tensor([0.02])  # to take none or all, t lies just outside of what was seen
+    edges = torch.cat([cosine.amax() + beyond, cosine[order], cosine.amin() - beyond])
     return float((edges[best] + edges[best + 1]) / 2)  # halfway between the last taken and the first left
 
 

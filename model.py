@@ -377,8 +377,10 @@ def pick_token(logits, temperature, top_k, rng):
     """logits (B, V) float32 -> the next id of each row (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    top, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (B, k)
-    return ids.gather(-1, torch.multinomial((top / temperature).softmax(-1), 1, generator=rng))[:, 0]
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
 
 
 def pad(rows, device=None, fill=0):

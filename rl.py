@@ -99,10 +99,9 @@ class Environment:
         self.exemplars = [data.encode_exemplar(enc, e) for e in pool]
         self.prefix_cache = PrefixCache(model, self.exemplars, block=block, max_bytes=cache_bytes)
         self.names = [data.digest(e) for e in pool]
-        self.memo, self.asked, self.dropped = {}, set(), 0  # memo: {key: [answer, cut?] or log-likelihood}
-        self.memo_path = memo_path and Path(memo_path)
-        if self.memo_path:
-            self.read_memo()
+        self.memo_path = memo_path
+        self.memo = read_memo(Path(memo_path)) if memo_path else {}  # {key: [answer, cut?] or log-likelihood}
+        self.asked, self.dropped = set(), 0
 
     def score(self, weights, questions, picks, progress=None):
         """R = sum of weight * score over `weights`, of each question behind its picks: (N,) float64 array."""
@@ -127,7 +126,8 @@ class Environment:
             found = self.ask(kind, [questions[i] for i in mine], [picks[i] for i in mine])
             for part in self.ddp.gather(dict(zip(mine, found))):
                 self.memo |= {keys[i]: outcome for i, outcome in part.items()}
-            self.write_memo([keys[i] for i in chunk])
+            if self.memo_path and self.ddp.rank == 0:
+                write_memo(self.memo_path, {keys[i]: self.memo[keys[i]] for i in chunk})
             bar.update(len(chunk))
         bar.close()
         return [self.memo[k] for k in keys]
@@ -169,28 +169,6 @@ class Environment:
         limit = str(self.max_new_tokens) if kind == "answer" else ""
         parts = [self.fingerprint, kind, limit, data.digest(question), *(self.names[p] for p in picks)]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
-
-    def read_memo(self):
-        """A line that an interruption cut short is an outcome to find again."""
-        try:
-            self.memo_path.touch()
-            text = self.memo_path.read_text(encoding="utf-8", errors="replace")
-            if text and not text.endswith("\n"):
-                with open(self.memo_path, "a", encoding="utf-8") as f:
-                    f.write("\n")
-        except OSError as error:
-            raise data.UserError(f"--memo {self.memo_path}: {error.strerror}") from None
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, TypeError, RecursionError):
-                key, outcome = json.loads(line)
-                match outcome:
-                    case float() | [str(), bool()]:
-                        self.memo[key] = outcome
-
-    def write_memo(self, keys):
-        if self.memo_path and self.ddp.rank == 0:
-            with open(self.memo_path, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps([k, self.memo[k]]) + "\n" for k in keys)
 
 
 # ---- REINFORCE ---------------------------------------------------------------------------------------------
@@ -256,6 +234,34 @@ def bootstrap(difference, groups=None, seed=0, resamples=10_000):
         draws = rng.integers(0, len(total), (1000, len(total)))
         means.append(total[draws].sum(1) / count[draws].sum(1))
     return [float(d.mean()), *np.percentile(np.concatenate(means), [2.5, 97.5]).tolist()]
+
+
+# ---- plumbing: skip on a first reading -----------------------------------------------------------------
+
+
+def read_memo(path):
+    """The outcomes in a --memo file; a line that an interruption cut short is an outcome to find again."""
+    try:
+        path.touch()  # one that cannot be written is a mistake to find now
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text and not text.endswith("\n"):
+            with open(path, "a", encoding="utf-8") as f:
+                f.write("\n")
+    except OSError as error:
+        raise data.UserError(f"--memo {path}: {error.strerror}") from None
+    memo = {}
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            key, outcome = json.loads(line)
+            match outcome:
+                case float() | [str(), bool()]:
+                    memo[key] = outcome
+    return memo
+
+
+def write_memo(path, outcomes):
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps([key, outcome]) + "\n" for key, outcome in outcomes.items())
 
 
 def lesson():

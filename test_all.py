@@ -4,7 +4,7 @@ Every test of this repository, and a second tutorial: one behaviour each, named 
     python test_all.py                    # everything, about two minutes; no network, no test runner
     python test_all.py matcher            # only the tests whose name contains "matcher"
     KILLS=30 python test_all.py killed    # the interruption tests with 30 kills each instead of 2
-    LONG=1 python test_all.py long        # a thousand questions, a pool of 100,000 exemplars: some minutes
+    LONG=1 python test_all.py large_pool thousand   # 100,000 exemplars, 1,000 questions: some minutes
     python test_all.py --bench [PART ...] [--model NAME]   # speed, against transformers + PEFT
     python -m pytest test_all.py          # the same tests under pytest
 
