@@ -36,7 +36,7 @@ class Texts:
     questions: list  # ids of each question
     answers: list  # ids of each answer, end token last
     n: int  # how many are training examples; the others are held out
-    near: list  # for each its nearest training examples, nearest first
+    near: list  # for each its nearest examples, nearest first
     shares: tuple  # share of examples behind their nearest, behind random ones
     shots: int
     enc: object
@@ -100,9 +100,9 @@ def learning_rate(step, steps, peak, warmup):
 
 @torch.inference_mode()
 def held_out_loss(model, texts, ddp):
-    """Mean loss of an answer token of held-out questions, behind training exemplars in the training shares.
+    """Mean loss of an answer token of held-out questions, behind exemplars in the training shares.
 
-    The exemplars' own answers do not count: they are training answers, better memorised the longer it goes
+    The exemplars' own answers do not count: most are training answers, better memorised the longer it goes
     on."""
     model.eval()
     rows = list(range(texts.n, len(texts.questions)))
@@ -236,7 +236,9 @@ def load_texts(args, model, enc, parts):
     if args.share_nearest:
         h = matcher.cached_features(model, enc, train + val, "training questions")
         h = (h - h[: len(train)].mean(0)) / h[: len(train)].std(0).clamp(min=1e-6)
-        found = matcher.select_nearest(h, h[: len(train)], None, args.shots + 1)  # + 1: it finds itself
+        # A held-out example may stand behind another one: those of its group, whose form it shares, are held out.
+        found = matcher.select_nearest(h[: len(train)], h[: len(train)], None, args.shots + 1)  # + 1: itself
+        found += matcher.select_nearest(h[len(train) :], h, None, args.shots + 1)
         near = [[j for j in js if j != i][: args.shots] for i, js in enumerate(found)]
     return Texts(questions, answers, len(train), near, shares, args.shots, enc)
 
