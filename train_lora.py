@@ -236,7 +236,7 @@ def load_texts(args, model, enc, parts):
     if args.share_nearest:
         h = matcher.cached_features(model, enc, train + val, "training questions")
         h = (h - h[: len(train)].mean(0)) / h[: len(train)].std(0).clamp(min=1e-6)
-        # A held-out example may stand behind another one: those of its group, whose form it shares, are held out.
+        # a held-out example may stand behind another one: those of its group, whose form it shares, are there
         found = matcher.select_nearest(h[: len(train)], h[: len(train)], None, args.shots + 1)  # + 1: itself
         found += matcher.select_nearest(h[len(train) :], h, None, args.shots + 1)
         near = [[j for j in js if j != i][: args.shots] for i, js in enumerate(found)]
