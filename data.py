@@ -340,10 +340,6 @@ def keep_short(enc, examples, max_tokens, what="examples"):
 
 # ---- tokens ----------------------------------------------------------------------------------------
 
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Digits are cut out before the rest is split, so white space before one is a piece of its own.
-DIGITS_SPLIT = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-ENDS = "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>"  # if no config names one
 LAST_GAP = re.compile(r".*\S(?= )", re.DOTALL)
 LONGEST = 1_000_000  # characters of a text; its ids take some 40 bytes for each of them
 
@@ -390,6 +386,15 @@ def encode_plain(enc, text, piece=100_000):
 def decode(enc, ids):
     """The bytes of `ids`, less ids of no token: a model's vocabulary may be wider than its tokenizer's."""
     return enc.decode_bytes([i for i in ids if i in enc.known])
+
+
+# ---- plumbing: skip on a first reading -------------------------------------------------------------
+# ---- tokenizers, as tiktoken encodings
+
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits are cut out before the rest is split, so white space before one is a piece of its own.
+DIGITS_SPLIT = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+ENDS = "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>"  # if no config names one
 
 
 def load_tokenizer(name_or_dir):
@@ -517,7 +522,6 @@ def make_encoding(spec, name, ends=()):
     return enc
 
 
-# ---- plumbing: skip on a first reading -------------------------------------------------------------
 # ---- mistakes, and files that are whole
 
 
@@ -1073,12 +1077,6 @@ def same_settings(now, then, path, free=()):
     for key, value in json.loads(json.dumps(now, default=str)).items():
         if key not in free and then.get(key) != value:
             raise UserError(f"--resume: {path} was made with {key} = {then.get(key)!r}, not {value!r}")
-
-
-def halted(step, what, questions, checkpoint):
-    """The line for a run that cannot go on: the step, what happened, whose questions, where to go back to."""
-    last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint yet"
-    return f"step {step}: {what}. Batch: {'; '.join(q['instruction'][:40] for q in questions[:3])} ... {last}"
 
 
 def peak_memory():

@@ -45,8 +45,8 @@ from data import UserError
 STOP = -1  # in a sequence of picks: "no further exemplar"
 
 
-class Pool(NamedTuple):
-    """What every question meets: the exemplars, encoded once by `Matcher.encode`."""
+class Encoded(NamedTuple):
+    """The pool as every question meets it, encoded once by `Matcher.encode`."""
 
     v: torch.Tensor  # (n, C) unit vectors
     quality: torch.Tensor  # (n,) c_j
@@ -83,10 +83,10 @@ class Matcher(nn.Module):
         return (h - self.mean) / self.std
 
     def encode(self, h_pool):
-        """The pool's features (n, C) -> Pool."""
+        """The pool's features (n, C) -> Encoded."""
         z = self.z(h_pool)
         b, c = self.exemplar_tower(z).split([z.shape[1], 1], -1)  # (n, C), (n, 1)
-        return Pool(F.normalize((z if self.identity else 0) + b, dim=-1), c[:, 0], z)
+        return Encoded(F.normalize((z if self.identity else 0) + b, dim=-1), c[:, 0], z)
 
     def scores(self, h, pool, chosen, allowed):
         """Unnormalised log pi(. | s_t), (B, n + 1): a column an exemplar, the last *stop*; -inf if not
@@ -100,7 +100,7 @@ class Matcher(nn.Module):
         u = F.normalize((z if self.identity else 0) + a, dim=-1)
         scores = torch.cat([u @ pool.v.t() + pool.quality, s], -1) * self.tau.exp()  # (B, n + 1)
         allowed = F.pad(allowed, (0, 1), value=True)  # stopping is always allowed
-        # chosen may hold STOP where an episode is over; what happens to column 0 there is not looked at
+        # chosen holds STOP where an episode is over; neither that row's context nor its scores are looked at
         allowed = allowed.scatter(1, chosen.clamp(min=0), False)
         return scores.masked_fill(~allowed, float("-inf"))
 
@@ -200,6 +200,9 @@ def narrow(z, z_pool, allowed, k):
     return out
 
 
+# ---- selectors, the matcher and those it has to beat: each a list of at most `shots` pool indices a question
+
+
 @torch.no_grad()
 def select_likeliest(matcher, h, h_pool, allowed, shots):
     """The matcher's greedy picks, a list of pool indices a question; some questions at a time bound the
@@ -217,10 +220,8 @@ def as_lists(picks):
 
 
 def at_once(pool):
+    """How many questions meet the whole pool at a time: some 100 MB of scores, however many there are."""
     return max(1, (1 << 25) // len(pool))
-
-
-# ---- the selectors it is compared with: each a list of at most `shots` pool indices a question -----------
 
 
 def select_nearest(z, z_pool, allowed, shots):
@@ -379,7 +380,7 @@ def load(folder):
 def lesson():
     """A pool of four exemplars, one question, and what a single update does to the policy."""
     torch.manual_seed(0)
-    h_pool = F.normalize(torch.tensor([[1.0, 0.2], [0.8, -0.6], [-0.5, 1.0], [-1.0, -0.4]]), dim=-1)
+    h_pool = F.normalize(torch.tensor([[1.0, 0.2], [0.8, -0.6], [-0.5, 1.0], [1.0, 0.1]]), dim=-1)
     h, allowed = torch.tensor([[1.0, 0.1]]), torch.tensor([[True, True, True, False]])
     matcher = Matcher(C=2, hidden=8)
 

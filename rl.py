@@ -9,8 +9,9 @@ question
     grad = 1/K sum_k (R_k - b_k) grad log pi(picks_k | question),    b_k = mean of the other K - 1 rewards
 
 b_k does not depend on picks_k, so the gradient stays unbiased, and a question whose rollouts all earned the
-same teaches nothing, as it should. No critic, no ratio clipped as in PPO, no division by the standard
-deviation.
+same teaches nothing, as it should. One term stands beside it: the policy's entropy is held up where it
+falls below a floor, for a policy that is sure of itself tries nothing any more. No critic, no ratio clipped
+as in PPO, no division by the standard deviation.
 
 The language model is by far the dearest part and greedy decoding is deterministic: `Environment` remembers
 the outcome of every (question, exemplars in order), so it is asked only about what was never tried before.
@@ -65,7 +66,7 @@ def rouge_l(answer, reference):
     return 2 * row[-1] / (len(a) + len(b))
 
 
-SCORES = {"exact": exact, "rouge": rouge_l}  # of an answer in words; "logprob" needs none
+SCORES = {"exact": exact, "rouge": rouge_l}  # of an answer in words, 0 to 1; "logprob" needs no answer
 
 
 def parse_reward(text):
@@ -77,7 +78,8 @@ def parse_reward(text):
             if name in (*SCORES, "logprob") and name not in weights and 0 < float(weight or 1) < np.inf:
                 weights[name] = float(weight or 1)
                 continue
-        raise data.UserError(f"--reward {text}: use exact, rouge, logprob, or a mix: rouge:0.5,logprob:0.5")
+        names = ", ".join(SCORES)
+        raise data.UserError(f"--reward {text}: use {names}, logprob, or a mix such as rouge:0.5,logprob:0.5")
     return weights
 
 

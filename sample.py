@@ -35,18 +35,18 @@ class Chooser:
 
     matcher: matching.Matcher
     pool: list  # examples
-    encoded: matching.Pool
+    encoded: matching.Encoded
     shots: int
     threshold: float
     rng: np.random.Generator
 
     def __post_init__(self):
-        self.asked = matching.where_asked(self.pool)
+        self.where_asked = matching.where_asked(self.pool)
         self.bm25 = matching.BM25([data.query_text(e) for e in self.pool])
 
     def choose(self, select, question, h):
         """-> (pool indices, their probabilities or None) for one question with features h (1, C)."""
-        allowed = matching.allowed_exemplars([question], self.asked, len(self.pool))  # (1, n)
+        allowed = matching.allowed_exemplars([question], self.where_asked, len(self.pool))  # (1, n)
         z, z_pool = self.matcher.z(h), self.encoded.z
         if select == "pillow":
             allowed = matching.narrow(z, z_pool, allowed, self.matcher.candidates)
@@ -60,15 +60,20 @@ class Chooser:
             return self.bm25.select([data.query_text(question)], allowed, self.shots)[0], None
         return matching.select_random(allowed, self.shots, self.rng)[0] if select == "random" else [], None
 
+    def likeness(self, question, h):
+        """Similarity of the nearest exemplar."""
+        near, _ = self.choose("knn", question, h)
+        return matching.similarity(self.matcher.z(h), self.encoded.z, [near]).item()
+
     def explain(self, question, h, k=5):
         """The policy's first step: the k likeliest exemplars, their similarity and rank as neighbours."""
         z, z_pool = self.matcher.z(h), self.encoded.z
-        allowed = matching.allowed_exemplars([question], self.asked, len(self.pool))
+        allowed = matching.allowed_exemplars([question], self.where_asked, len(self.pool))
         allowed = matching.narrow(z, z_pool, allowed, self.matcher.candidates)
         p = self.matcher.scores(h, self.encoded, torch.zeros(1, 0, dtype=torch.long), allowed).softmax(-1)[0]
-        cosine = torch.nn.functional.cosine_similarity(z, z_pool)  # (n,)
+        cosine = torch.nn.functional.cosine_similarity(z, z_pool).masked_fill(~allowed[0], -1.0)  # (n,)
         print("        p  similarity  rank")
-        for j in p[:-1].topk(min(k, len(self.pool))).indices.tolist():
+        for j in p[:-1].topk(min(k, int(allowed.sum()))).indices.tolist():
             rank = 1 + int((cosine > cosine[j]).sum())
             print(f"    {p[j]:5.3f}  {cosine[j]:10.3f}  {rank:4d}  {line(self.pool[j])}")
         print(f"    {p[-1]:5.3f}                    stop")
@@ -121,7 +126,7 @@ def ask(env, chooser, question, args):
         if select == "pillow" and args.explain:
             chooser.explain(question, h)
         if select == "pillow" and picks:
-            likeness = matching.similarity(chooser.matcher.z(h), chooser.encoded.z, [picks]).item()
+            likeness = chooser.likeness(question, h)
             if likeness < chooser.threshold:
                 print(f"(nothing in the pool is like this question: similarity {likeness:.2f}, "
                       f"exemplars helped above {chooser.threshold:.2f})")

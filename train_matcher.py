@@ -42,12 +42,12 @@ class Task:
     shots: int
 
     def __post_init__(self):
-        self.asked = matching.where_asked(self.pool)
+        self.where_asked = matching.where_asked(self.pool)
 
     def allowed(self, part, rows=None):
         """(B, n) bool: the exemplars that questions `rows` of a part may get (None: of all its questions)."""
         questions = self.questions[part] if rows is None else [self.questions[part][i] for i in rows]
-        return matching.allowed_exemplars(questions, self.asked, self.n[part])
+        return matching.allowed_exemplars(questions, self.where_asked, self.n[part])
 
     @property
     def headline(self):
@@ -97,7 +97,7 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
 
         progress.step = step + 1
         row = {"step": step + 1, "reward": rewards.mean().item(),
-               "baseline": (rewards - advantage).mean().item(), "loss": loss.item(),
+               "loss": loss.item(),
                "no_signal": (rewards == rewards[:, :1]).all(1).double().mean().item(),
                "entropy": entropy.mean().item(), "grad_norm": grad_norm.item(), "lr": args.lr,
                "calls": len(task.env.asked), **rl.collapse_figures(matching.as_lists(picks), task.n["train"]),
@@ -116,7 +116,7 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
             bar.write(f"step {step + 1:4d}  reward {row['reward']:.3f}  held-out {row['held_out']:.3f}"
                       f"{'  (best: saved)' if better else ''}  entropy {row['entropy']:.2f}  "
                       f"no exemplar for {row['held_out_figures']['none']:.0%}")
-        if ddp.sum([interrupt.requested])[0]:
+        if ddp.sum([interrupt.requested])[0] and step + 1 < args.steps:
             checkpoint()
             raise UserError(f"stopped after step {step + 1}, which is saved; go on with --resume")
     bar.close()
@@ -179,7 +179,7 @@ def compare(task, matcher, threshold, args, sft=None):
     """-> ({selector: {metric: (N,) array}}, {selector: picks})."""
     test, logprob = task.questions["test"], "logprob" in task.reward
     answered = min(args.n_answers, len(test)) if task.headline == "logprob" else len(test)
-    metrics = {"exact": answered, "rouge": answered} | ({"logprob": len(test)} if logprob else {})
+    metrics = dict.fromkeys(rl.SCORES, answered) | ({"logprob": len(test)} if logprob else {})
 
     def measure(env, picks, what):
         return {x: env.score({x: 1.0}, test[:n], picks[:n], f"test: {what}") for x, n in metrics.items()}
@@ -340,6 +340,8 @@ def load_sft(folder, model, adapter, dtype, device):
 def load(args, p, ddp):
     """-> (task, settings of the run, the SFT model or None, what else results.json says)."""
     made_with = matching.load(args.out / "matcher")[1] if args.eval_only else {}
+    if args.eval_only and "llm_calls" not in made_with:
+        raise UserError(f"{args.out / 'matcher'}: its training did not end; go on with --resume")
     if made_with.get("pool") and not args.pool:
         args.pool = args.out / "matcher" / "pool.json"  # the file it was may be gone
     folder = Path(args.lora or args.out / "lora")
@@ -453,7 +455,7 @@ def train_and_save(task, args, settings):
           lambda: first and save_checkpoint(path, task, matcher, optimizer, progress, settings))
     settings["llm_calls"] = len(task.env.asked)
     matcher, _ = matching.load(folder)  # the best, not the last
-    settings["threshold"] = threshold_on_training(task, matcher)
+    settings["threshold"] = threshold_on_training(task, matcher)  # for sample.py, too
     save_best()
     return matcher
 
@@ -464,6 +466,7 @@ def main():
     task, settings, sft, about = load(args, p, ddp)
     if args.eval_only:
         matcher, _ = matching.load(args.out / "matcher")
+        settings["threshold"] = threshold_on_training(task, matcher)  # pool or reward may be new
     else:
         matcher = train_and_save(task, args, settings)
     trained = time.perf_counter() - start
