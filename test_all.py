@@ -2879,6 +2879,7 @@ def script(name, *flags, cwd, stdin=""):
     out, err, back, handler = io.StringIO(), io.StringIO(), os.getcwd(), signal.getsignal(signal.SIGINT)
     argv, stdin, status = [f"{name}.py", *flags_of(name, flags)], stdin or io.StringIO(), 0
     os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
                 patched(sys, "argv", argv), patched(sys, "stdin", stdin):
