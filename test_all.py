@@ -3254,7 +3254,9 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
                 ("--eval_only --reward rouge:.5,exact:.5", lambda r: "logprob" not in r["metrics"]["knn"]),
                 ("--eval_only --reward exact:.1,logprob:2", lambda r: r["headline"] == "exact"),
                 (f"{untrained} 0", lambda r: r["collapse"]["none"] < 0.5),
-                (f"{untrained} 0.9", lambda r: r["collapse"]["none"] >= 0.5)):  # 0.9 for the median question
+                (f"{untrained} 0.9", lambda r: r["collapse"]["none"] >= 0.5),  # 0.9 for the median question
+                ("--steps 0 --shots 9 --candidates 0", lambda r: r["shots"] == 9),
+                ("--eval_only", lambda r: r["shots"] == 9)):
             works("train_matcher", *flags.split(), cwd=d)
             assert right(results(d)), flags
 

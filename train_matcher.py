@@ -306,7 +306,7 @@ def settle(args, p, made_with, adapter, examples):
         args.reward = rl.parse_reward(args.reward)
     for name, default in (FREE_TEXT if "logprob" in args.reward else SHORT).items():
         if getattr(args, name) is None:
-            setattr(args, name, default)
+            setattr(args, name, made_with.get(name, default))
     if 0 < args.candidates < args.shots:
         p.error(f"--candidates {args.candidates} are fewer than --shots {args.shots}")
     for name, value in {"seed": made_with.get("seed", args.seed), "model": adapter["model"]}.items():
