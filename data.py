@@ -66,7 +66,7 @@ def canonical(text):
     equal: accents are composed, and control characters, which the default vocabulary partly lacks, are
     left out."""
     text = unicodedata.normalize("NFC", text)
-    return quote("".join(c for c in text if c.isspace() or unicodedata.category(c) != "Cc"))
+    return quote("".join(c for c in text if c in "\t\n\v\f\r\x85" or unicodedata.category(c) != "Cc"))
 
 
 def query_text(example):
@@ -406,12 +406,16 @@ def load_tokenizer(name_or_dir):
     """
     folder = resolve_model(name_or_dir)
     files = [folder / "config.json", folder / "generation_config.json"]
-    configs = [read_json(file, dict) for file in files if file.exists()]
+    rows, ends = 1 << 24, []
+    for file in filter(Path.exists, files):
+        config = read_json(file, dict)
+        rows, named = config.get("vocab_size", rows), config.get("eos_token_id")
+        named = [] if named is None else named if isinstance(named, list) else [named]
+        if type(rows) is not int or not all(type(i) is int and i >= 0 for i in named):
+            raise UserError(f"{file}: vocab_size {rows!r:.40} or eos_token_id {named!r:.40} is no token")
+        ends += named
+    ends = [i for i in dict.fromkeys(ends) if i < rows]  # the model can say no other
     with fitting(folder / "tokenizer.json"):
-        rows, ends = configs[0].get("vocab_size", 1 << 24), []
-        for named in (config.get("eos_token_id") for config in configs):
-            ends += [i for i in (named if isinstance(named, list) else [named]) if i is not None]
-        ends = [i for i in dict.fromkeys(ends) if 0 <= i < rows]  # the model can say no other
         enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), ends)
         if enc.n_vocab_model > rows:
             raise ValueError(f"it has ids up to {enc.n_vocab_model - 1}, the model's end at {rows - 1}")

@@ -652,6 +652,29 @@ def test_what_the_lora_is_trained_to_say_earns_the_reward_1():
             assert rl.exact(said, text) == rl.rouge_l(said, text) == 1, (normalizer, text)
 
 
+def test_a_character_that_the_vocabulary_lacks_costs_no_reward():
+    """SmolLM2 has no token for some control characters; Python calls a few of them white space."""
+    enc = data.make_encoding(tokenizer(lack=(0x1D, 0x02)), "x")
+    for text in ("a\x1db", "a\x02b", "a\x1d b", "a\tb\r\nc"):
+        said = data.decode(enc, data.encode_answer(enc, {"output": text})[:-1]).decode()
+        assert rl.exact(said, text) == rl.rouge_l(said, text) == 1, repr(text)
+
+
+def test_a_config_whose_end_is_no_token_id_is_the_file_that_is_named():
+    for file in ("config.json", "generation_config.json"):
+        for bad in ("</s>", [[0]], True, 2.0, -1):
+            with folder() as d:
+                write_tiny_folder(d)
+                config = data.read_json(d / file, dict) if (d / file).exists() else {}
+                (d / file).write_text(json.dumps(config | {"eos_token_id": bad}))
+                line = refused(data.load_tokenizer, d)
+                assert str(d / file) in line and "eos_token_id" in line, (file, bad, line)
+    with folder() as d:
+        write_tiny_folder(d)
+        (d / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": "x"}))
+        assert str(d / "config.json") in refused(data.load_tokenizer, d)
+
+
 def test_rewards_are_named_and_weighted():
     assert rl.parse_reward("exact") == {"exact": 1.0}
     assert rl.parse_reward("rouge:0.5, logprob:2") == {"rouge": 0.5, "logprob": 2.0}
