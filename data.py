@@ -406,14 +406,12 @@ def load_tokenizer(name_or_dir):
     """
     folder = resolve_model(name_or_dir)
     files = [folder / "config.json", folder / "generation_config.json"]
-    rows, ends = 1 << 24, []
+    rows, ends = 1 << 24, ()
     for file in filter(Path.exists, files):
         config = read_json(file, dict)
-        rows, named = config.get("vocab_size", rows), config.get("eos_token_id")
-        named = [] if named is None else named if isinstance(named, list) else [named]
-        if type(rows) is not int or not all(type(i) is int and i >= 0 for i in named):
-            raise UserError(f"{file}: vocab_size {rows!r:.40} or eos_token_id {named!r:.40} is no token")
-        ends += named
+        rows, ends = config.get("vocab_size", rows), ends + ids_of(config, file)
+        if type(rows) is not int:
+            raise UserError(f"{file}: vocab_size = {rows!r:.60} is no number of tokens")
     ends = [i for i in dict.fromkeys(ends) if i < rows]  # the model can say no other
     with fitting(folder / "tokenizer.json"):
         enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), ends)
@@ -422,6 +420,15 @@ def load_tokenizer(name_or_dir):
     if not enc.end_ids:
         raise UserError(f"{folder}: no token that ends an answer; name its eos_token_id in config.json")
     return enc
+
+
+def ids_of(config, where):
+    """The eos_token_id of a parsed config, which may be absent, one id, or a list of ids -> tuple of ids."""
+    value = config.get("eos_token_id")
+    ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError(f"{where}: eos_token_id = {value!r:.60} is no token id")
+    return ids
 
 
 def steps(section, inner):

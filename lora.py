@@ -78,7 +78,7 @@ def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
     if missing := [t for t in names if not hits[t]]:
         leaves = sorted({n.split(".")[-1] for n in found})
         raise UserError(f"--targets: no layer is called {missing[0]!r}; this model has {', '.join(leaves)}")
-    chosen = {n for ns in hits.values() for n in ns}
+    chosen = [n for n in found if any(n in names for names in hits.values())]  # in the model's order
     if layers(model):
         raise UserError("the model carries an adapter already")
     thinnest = min(model.get_submodule(n).in_features for n in chosen)
@@ -90,12 +90,11 @@ def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
 
 def wrap(model, names, r, alpha, dropout, rslora):
     model.requires_grad_(False)
-    for name in linear_layers(model):
-        if name in names:
-            parent, leaf = name.rsplit(".", 1)
-            base = model.get_submodule(name)
-            layer = LoRALinear(base, r, alpha / math.sqrt(r) if rslora else alpha / r, dropout)
-            setattr(model.get_submodule(parent), leaf, layer.train(model.training))
+    for name in names:
+        parent, leaf = name.rsplit(".", 1)
+        base = model.get_submodule(name)
+        layer = LoRALinear(base, r, alpha / math.sqrt(r) if rslora else alpha / r, dropout)
+        setattr(model.get_submodule(parent), leaf, layer.train(model.training))
     model.lora_config = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora}
 
 
@@ -169,7 +168,7 @@ def save(model, folder, base_model="", extra=None):
     names, tensors = linear_layers(model), {}
     for name, m in layers(model).items():
         for half in ("lora_A", "lora_B"):
-            weight = getattr(m, half).detach().float().cpu().contiguous()
+            weight = getattr(m, half).detach().float().cpu()
             tensors[f"base_model.model.{names[name]}.{half}.weight"] = weight
     path = Path(folder) / "adapter_model.safetensors"
     data.write_safetensors(path, tensors, {"format": "pt"})
@@ -239,9 +238,9 @@ def load(model, folder):
     every, targets = linear_layers(model), config["target_modules"]
     if isinstance(targets, str):  # as PEFT: "all-linear", or a regular expression for the whole name
         pattern = ".*" if targets.lower() == "all-linear" else targets
-        chosen = {n for n, theirs in every.items() if re.fullmatch(pattern, theirs)}
+        chosen = [n for n, theirs in every.items() if re.fullmatch(pattern, theirs)]
     else:  # a name that matches nothing beside some that do is passed over, as PEFT does
-        chosen = {n for n, theirs in every.items() if any(ends_in(str(t), theirs, theirs) for t in targets)}
+        chosen = [n for n, theirs in every.items() if any(ends_in(str(t), theirs, theirs) for t in targets)]
     found = {}
     for key, tensor in data.read_safetensors(path):
         # an adapter's own name may stand in front of .weight

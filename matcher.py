@@ -228,11 +228,11 @@ def select_nearest(z, z_pool, allowed, shots):
     """Nearest neighbours by cosine of standardised features z (B, C), z_pool (n, C), nearest first.
 
     allowed (B, n) bool, or None for all."""
-    picks, v = [], F.normalize(z_pool, dim=-1).t()
-    for s, some in enumerate(z.split(at_once(z_pool))):
-        cosine = F.normalize(some, dim=-1) @ v  # (b, n)
+    picks, v, step = [], F.normalize(z_pool, dim=-1).t(), at_once(z_pool)
+    for s in range(0, len(z), step):
+        cosine = F.normalize(z[s : s + step], dim=-1) @ v  # (b, n)
         if allowed is not None:
-            cosine = cosine.masked_fill(~allowed.split(at_once(z_pool))[s], float("-inf"))
+            cosine = cosine.masked_fill(~allowed[s : s + step], float("-inf"))
         top = cosine.topk(min(shots, len(z_pool)), -1)
         for near, values in zip(top.indices.tolist(), top.values.tolist()):
             picks.append([j for j, value in zip(near, values) if value > float("-inf")])
@@ -354,7 +354,7 @@ def save(matcher, folder, settings):
     config.json names the weights by their digest: two files cannot be renamed at once, and a kill in
     between must not pair those of two runs."""
     path = Path(folder) / "matcher.safetensors"
-    data.write_safetensors(path, {k: t.contiguous() for k, t in matcher.state_dict().items()})
+    data.write_safetensors(path, matcher.state_dict())
     data.write_json(Path(folder) / "config.json",
                     settings | {"matcher": matcher.settings, "weights": data.digest_file(path)})
 

@@ -534,7 +534,7 @@ class Settings:
 
 def read_config(cls, hf, where):
     """See Config.from_hf. Defaults are those of transformers."""
-    s, eos = Settings(hf, where), ids_of(hf, where)
+    s, eos = Settings(hf, where), data.ids_of(hf, where)
     kind = s.take("model_type", str, among=data.MODEL_TYPES)
     if kind == "gpt2":
         gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
@@ -587,15 +587,6 @@ def read_rope(s):
     return s.take("rope_theta", float, 10000.0), {k: s.take(k, float) for k in keys} if llama3 else None
 
 
-def ids_of(config, where):
-    """The eos_token_id of a parsed config, which may be absent, one id, or a list of ids -> tuple of ids."""
-    value = config.get("eos_token_id")
-    ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise UserError(f"{where}: eos_token_id = {value!r:.60} is no token id")
-    return ids
-
-
 def blank(cfg):
     """A GPT of shapes only: no time or memory is spent on values that a file will bring."""
     with torch.device("meta"):
@@ -645,7 +636,7 @@ def load(folder, dtype, device):
     cfg = Config.from_hf(read_json(folder / "config.json", dict), folder / "config.json")
     more = folder / "generation_config.json"
     if more.exists():  # chat models end their turns with more than one id
-        cfg.eos_ids = tuple(dict.fromkeys(cfg.eos_ids + ids_of(read_json(more, dict), more)))
+        cfg.eos_ids = tuple(dict.fromkeys(cfg.eos_ids + data.ids_of(read_json(more, dict), more)))
     tied, cfg.tied = cfg.tied, False  # a head of its own, until the files have told what they hold
     model, keys, state = blank(cfg), hf_keys(cfg), {}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -682,7 +673,7 @@ def load(folder, dtype, device):
 def save(model, folder, source):
     """See GPT.save_pretrained. config.json is made to tell the head and the type that are saved."""
     ours, keys = model.state_dict(), hf_keys(model.config).items()
-    state = {theirs: (ours[name].t() if t else ours[name]).contiguous() for name, (theirs, t) in keys}
+    state = {theirs: ours[name].t() if t else ours[name] for name, (theirs, t) in keys}
     data.write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
     config = read_json(source / "config.json", dict) | {"tie_word_embeddings": model.config.tied}
     kind = str(model.embed.weight.dtype).removeprefix("torch.")

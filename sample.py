@@ -12,6 +12,7 @@ Without --prompt it reads questions from standard input until it ends, a line ea
 """
 
 import contextlib
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,11 @@ class Chooser:
 
     def __post_init__(self):
         self.where_asked = matching.where_asked(self.pool)
-        self.bm25 = matching.BM25([data.query_text(e) for e in self.pool])
+
+    @functools.cached_property
+    def bm25(self):
+        """Made when it is asked for: of a large pool it takes seconds."""
+        return matching.BM25([data.query_text(e) for e in self.pool])
 
     def choose(self, select, question, h):
         """-> (pool indices, their probabilities or None) for one question with features h (1, C)."""
