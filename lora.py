@@ -52,7 +52,8 @@ class LoRALinear(nn.Module):
             return y
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        return y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        low = F.linear(x, self.lora_A.to(x.dtype))  # (N, r)
+        return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scale)  # one pass over the wide y
 
 
 def layers(model):

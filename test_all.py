@@ -2581,6 +2581,35 @@ def test_the_prefix_cache_forgets_what_was_not_used_lately():
     assert torch.equal(tight[5], model.PrefixCache(m, pool)[5]) and len(tight.kv) <= 1
 
 
+def test_frozen_layers_pass_the_gradients_of_plain_ones():
+    """A layer whose weight trains takes autograd's way, a frozen one its packed copies, or RMSNorm's own way
+    back."""
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
+        linear = model.Linear(48, 32).requires_grad_(False).to(dtype)
+        norm = model.RMSNorm(48, 1e-5).requires_grad_(False).to(dtype)
+        torch.nn.init.normal_(norm.weight)
+        for layer in (linear, norm):
+            found, x, up = [], 3 * torch.randn(70, 48), torch.randn(70, 32 if layer is linear else 48)
+            for trains in (False, True):
+                leaf = x.to(dtype).requires_grad_()
+                y = layer.requires_grad_(trains)(leaf)
+                y.backward(up.to(dtype))
+                found.append((y.detach().float(), leaf.grad.float()))
+                if layer is linear:
+                    assert (layer.packed is not None) == (not trains and model.can_pack(dtype))
+            for ours, theirs in zip(*found):
+                assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    ids, where, targets, grads = torch.tensor(ragged(20, 20)), torch.arange(39), torch.arange(39), []
+    for trains in (False, True):  # a whole model, and its adapter's gradients
+        m = adapted().requires_grad_(trains)
+        some = lora.parameters(m)
+        [p.requires_grad_() for p in some]
+        m.loss(ids, where, targets).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in some]))
+    assert (grads[0] - grads[1]).norm() <= 1e-4 * grads[1].norm()
+
+
 def test_packed_weights_change_no_answer():
     """Whatever happens to a weight (a merge, a training step, an optimiser), no packed copy is an old one."""
     prompts = ragged(5, 40, 1, 17)
