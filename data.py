@@ -17,6 +17,7 @@ code), SentencePiece tokenizers, chat templates, two processes fetching the same
 import argparse
 import atexit
 import contextlib
+import csv
 import errno
 import glob
 import hashlib
@@ -141,16 +142,23 @@ _FIELDS = {
     "place": ("place city", lambda r: tuple(r.choice(PLACES)), "{0} in {1}",
               ["{0}, {1}", "{1}: {0}", "{0} ({1})", "{1} - {0}", "{0}/{1}", "{0}"]),
 }
+TOPICS = """an unpaid bill, a garden party, a lost parcel, a broken lift, a new neighbour, a school trip,
+a dental visit, a late train, a birthday cake, a stolen bike, a summer camp, a job offer, a leaking roof,
+a chess club, a wedding dinner, a missing cat, a choir evening, a flu vaccine, a used car, a book fair,
+a tax return, a ski holiday, a noisy pump, a museum tour""".replace("\n", " ").split(", ")
 _PHRASES = [
-    "You write for {h}. Write the {f} the way {h} does.", "You write for {h}. Put this {f} in {h} style.",
-    "This is for {h}. Write the {f} the way {h} does.", "This is for {h}. Put this {f} in {h} style."]
+    "You write for {h} about {t}. Write the {f} the way {h} does.",
+    "You write for {h}. It is about {t}. Put this {f} in {h} style.",
+    "This is for {h}, about {t}. Write the {f} the way {h} does.",
+    "In a letter about {t}: put this {f} in {h} style, for {h}."]
 
 
 def styles(seed=0):
     """Made-up houses that each write dates, names, prices ... in a way of their own.
 
     The instruction names the house, never the rule, so only an exemplar of the same house *and* field shows
-    what to do; four phrasings and two words a field see to it that counting common words does not find it.
+    what to do. Phrasings, two words a field and a topic that means nothing see to it that likeness alone
+    often finds another: what to look at, and what to look past, has to be learnt.
     120 houses (the rows' "group") x 8 fields x 3 examples, the first of every field first. Deterministic.
     """
     rng, examples = random.Random(seed), []
@@ -162,7 +170,7 @@ def styles(seed=0):
                 value = make(rng)
                 if value in seen:
                     continue
-                ask = rng.choice(_PHRASES).format(f=rng.choice(words.split()), h=house)
+                ask = rng.choice(_PHRASES).format(f=rng.choice(words.split()), h=house, t=rng.choice(TOPICS))
                 month = MONTHS[value[1] - 1] if field == "date" else ""
                 row = {"instruction": ask, "input": show.format(*value), "output": way.format(*value, month)}
                 rounds[len(seen)].append(row | {"group": house, "field": field})
@@ -173,12 +181,17 @@ def styles(seed=0):
 
 # ---- formats ---------------------------------------------------------------------------------------
 
-SOURCES = {  # name: (url at a fixed commit, sha256 where it is known)
-    "alpaca": ("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/"
-               "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json", None),
-    "dolly": ("{hub}/datasets/databricks/databricks-dolly-15k/resolve/"
-              "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
-              "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec"),
+SOURCES = {  # name: [(url at a fixed commit, sha256 where it is known)]
+    "alpaca": [("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/"
+                "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json", None)],
+    "dolly": [("{hub}/datasets/databricks/databricks-dolly-15k/resolve/"
+               "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
+               "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec")],
+    "banking77": [("https://raw.githubusercontent.com/PolyAI-LDN/task-specific-datasets/"
+                   f"57ec275d8078af65b7731c2a98be812d844a6d6b/banking_data/{part}.csv", sha256)
+                  for part, sha256 in (
+                      ("train", "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b"),
+                      ("test", "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d"))],
 }
 SPELLINGS = ("instruction",), ("input", "context"), ("output", "response")  # Alpaca's spelling, then Dolly's
 HARMLESS = {"group", "field", "category", "text", "id", "source"}  # may stand beside them, in no prompt
@@ -188,7 +201,7 @@ BEGINNINGS = {b"\x1f\x8b": "gzip-compressed", b"PK": "a zip or Excel file", b"BZ
 
 
 def load_examples(name_or_path, flag="--data"):
-    """'styles', 'alpaca', 'dolly', or a file of rows -> list of examples, every text as it stands in the
+    """'styles', a name in SOURCES, or a file of rows -> list of examples, every text as it stands in the
     file.
 
     The file's first character tells a JSON list from JSON lines, whatever its suffix. Of two spellings of a
@@ -198,25 +211,39 @@ def load_examples(name_or_path, flag="--data"):
     name, path = str(name_or_path), Path(name_or_path)
     if name == "styles":
         return styles()
-    if name in SOURCES:
-        url, sha256 = SOURCES[name]
-        path = Path("cache") / url.rsplit("/", 1)[1]
-        if not path.exists():
-            hint = f"; --data takes a file too, in {name.title()}'s format"
-            download(url.format(hub=hub_endpoint()), path, sha256, hint=hint)
-    elif not path.is_file():
-        raise UserError(f"{flag} {name}: not styles, alpaca or dolly, and no such file")
-    unread = Counter()
-    examples = [read_row(row, f"{path}, row {n}", unread) for n, row in read_rows(path)]
+    if name not in SOURCES and not path.is_file():
+        raise UserError(f"{flag} {name}: not styles, {', '.join(SOURCES)}, and no such file")
+    unread, examples = Counter(), []
+    for file in fetch(name) if name in SOURCES else [path]:
+        rows = read_banking77(file) if name == "banking77" else read_rows(file)
+        examples += [read_row(row, f"{file}, row {n}", unread) for n, row in rows]
     if not examples:
-        raise UserError(f"{path}: no examples in it")
+        raise UserError(f"{name}: no examples in it")
     if unread:
         counts = ", ".join(f"{key!r:.40} ({n:,} rows)" for key, n in unread.most_common(6))
-        print(f"{path}: fields that are not read, and in no prompt: {counts}")
+        print(f"{name}: fields that are not read, and in no prompt: {counts}")
     unique = dict.fromkeys(tuple(e.items()) for e in examples)
     if len(unique) < len(examples):
-        print(f"{path}: {len(examples) - len(unique):,} duplicate rows left out")
+        print(f"{name}: {len(examples) - len(unique):,} duplicate rows left out")
     return [dict(e) for e in unique]
+
+
+def fetch(name):
+    """The files of a data set, downloaded where they are not yet in cache/."""
+    paths = []
+    for url, sha256 in SOURCES[name]:
+        paths.append(Path("cache") / name / url.rsplit("/", 1)[1])
+        if not paths[-1].exists():
+            hint = "; --data takes a file of your own, too"
+            download(url.format(hub=hub_endpoint()), paths[-1], sha256, hint=hint)
+    return paths
+
+
+def read_banking77(path):
+    """Yield (number, row): a customer's question, and its label, one of 77 intents, as the answer."""
+    with fitting(path), open(path, encoding="utf-8", newline="") as file:
+        for n, row in enumerate(csv.DictReader(file), 1):
+            yield n, {"instruction": row["text"], "output": row["category"].replace("_", " ")}
 
 
 def read_rows(path):

@@ -40,7 +40,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.original, self.enabled = None, True  # original: the base weight, while merged
+        self.original = None  # the base weight, while merged
 
     def delta(self):
         """(alpha / r) B A: (out, in) float32."""
@@ -48,7 +48,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.base(x)
-        if self.original is not None or not self.enabled:
+        if self.original is not None:
             return y
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
@@ -120,22 +120,6 @@ def unmerge(model):
     for m in layers(model).values():
         if m.original is not None:
             m.base.weight.data, m.original = m.original, None
-
-
-@contextlib.contextmanager
-def disabled(model):
-    """Inside, the model answers as if it had no adapter; afterwards it is as it was, merged or not."""
-    merged = {m: m.base.weight.data for m in layers(model).values() if m.original is not None}
-    unmerge(model)
-    for m in layers(model).values():
-        m.enabled = False
-    try:
-        yield model
-    finally:
-        for m in layers(model).values():
-            m.enabled = True
-        for m, weight in merged.items():
-            m.original, m.base.weight.data = m.base.weight.data, weight
 
 
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------

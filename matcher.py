@@ -2,8 +2,8 @@
 The matching network: which exemplars of the pool should stand in front of this question?
 
 PILLOW (Qi et al. 2023, arXiv 2312.05621) has two small MLPs, one for the question and one for the pool's
-exemplars; the dot product of their outputs, over the pool, is a distribution. With h(.) the language
-model's mean-pooled final hidden state of a question, standardised by the pool's mean and std:
+exemplars; the dot product of their outputs, over the pool, is a distribution. With h(.) the LoRA-tuned
+language model's mean-pooled final hidden state of a question, standardised by the pool's mean and std:
 
     state    s_t = (question x, exemplars chosen so far)
     a, s     = MLP_q[h(x), mean of the chosen h]   question tower: a as wide as h; s, the score of *stop*
@@ -315,15 +315,16 @@ class BM25:
 # ---- plumbing: skip on a first reading ---------------------------------------------------------------------
 
 
-def cached_features(model, enc, examples, what, cache="cache"):
+def cached_features(model, enc, examples, what, adapter="", cache="cache"):
     """h(.) of each example's question, its answer left out, so that questions and exemplars are alike: (N,
     C) float32.
 
-    Every text is embedded once and kept in cache/features/, in a folder for each model. New texts are
-    worked out 512 at a time, each part written when it is whole, so an interrupted run repeats the same
-    batches and ends with the same bits.
+    Every text is embedded once and kept in cache/features/, in a folder for each model and merged adapter
+    (its digest). New texts are worked out 512 at a time, each part written when it is whole, so an
+    interrupted run repeats the same batches and ends with the same bits.
     """
-    store = Path(cache) / "features" / f"{model.fingerprint}-{model.embed.weight.dtype}".replace("torch.", "")
+    kind = str(model.embed.weight.dtype).removeprefix("torch.")
+    store = Path(cache) / "features" / "-".join(filter(None, (model.fingerprint, kind, adapter)))
     known = {}  # {digest of a text: (C,)}
     for path in sorted(store.glob("*.safetensors")):
         tensors, names = data.read_checkpoint(path)

@@ -123,8 +123,7 @@ def ask(env, chooser, question, args):
     if any(data.quote(text) != text for text in question.values()):
         print("(lines that look like a section heading were quoted, so that they stay part of the question)")
     env.prompt(question, [], args.max_new_tokens)  # one that is too long by itself is refused here
-    with lora.disabled(env.model):  # features are those of the model without its adapter
-        h = env.model.features([data.encode_query(env.enc, question)])
+    h = env.model.features([data.encode_query(env.enc, question)])
     for select in SELECTORS if args.compare else [args.select]:
         picks, chances = chooser.choose(select, question, h)
         print(f"\n[{select}]" + ("" if picks else " no exemplar"))
@@ -181,13 +180,12 @@ def load(args, p):
     name = settings["model"] if args.model == p.get_default("model") else args.model
     device, dtype = setup(args)
     model, enc = GPT.from_pretrained(name, dtype, device), data.load_tokenizer(name)
-    if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, lora.digest(lora_folder)):
+    digest = lora.digest(lora_folder)
+    if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, digest):
         raise UserError(f"{folder}: of another model or adapter; run train_matcher.py --out {args.out}")
-    encoded = matcher.encode(matching.cached_features(model, enc, pool, "the pool"))
-    for module in model.modules():
-        module.packing = False  # the weights change twice a question: packing them takes longer than it saves
     lora.load(model, lora_folder)
-    lora.merge(model)
+    lora.merge(model, keep_base=False)
+    encoded = matcher.encode(matching.cached_features(model, enc, pool, "the pool", digest))
     env = rl.Environment(model, enc, pool, args.max_new_tokens, block=1)  # only the chosen one
     threshold = settings.get("threshold", -1.0)
     return env, Chooser(matcher, pool, encoded, shots, threshold, np.random.default_rng(args.seed))

@@ -575,29 +575,29 @@ def test_features_are_computed_once_for_each_question():
         again = rows[0] | {"output": "another"}
         for some, new in ((rows[:30] + rows[:5], 30), (rows[10:] + [again], 10), (rows, 0)):
             with Counting(gpt) as count:
-                h = matcher.cached_features(gpt, enc, some, "test", d)
+                h = matcher.cached_features(gpt, enc, some, "test", cache=d)
             assert count.n == new
             close(h, gpt.features([data.encode_query(enc, e) for e in some]), 2e-6)
-        gpt.fingerprint = "another model"
-        with Counting(gpt) as count:
-            matcher.cached_features(gpt, enc, rows, "test", d)
-        assert count.n == 40
+        for gpt.fingerprint, adapter in (("another model", ""), ("another model", "an adapter")):
+            with Counting(gpt) as count:
+                matcher.cached_features(gpt, enc, rows, "test", adapter, d)
+            assert count.n == 40
 
 
 def test_interrupted_features_end_the_same_to_the_bit():
     gpt, enc = tiny(num_hidden_layers=1).bfloat16(), encoding()
     rows = [{"instruction": "hello" * (i % 7) + str(i), "input": "", "output": ""} for i in range(1100)]
     with folder() as whole, folder() as cut:
-        want = matcher.cached_features(gpt, enc, rows, "test", whole)
+        want = matcher.cached_features(gpt, enc, rows, "test", cache=whole)
         with Counting(gpt, 600), contextlib.suppress(KeyboardInterrupt):
-            matcher.cached_features(gpt, enc, rows, "test", cut)
+            matcher.cached_features(gpt, enc, rows, "test", cache=cut)
         with Counting(gpt) as count:
-            assert torch.equal(matcher.cached_features(gpt, enc, rows, "test", cut), want)
+            assert torch.equal(matcher.cached_features(gpt, enc, rows, "test", cache=cut), want)
         assert count.n == 1100 - 512
         part = next(cut.rglob("*.safetensors"))
         for damaged in (b"", part.read_bytes()[:-1]):
             part.write_bytes(damaged)
-            assert part.name in refused(matcher.cached_features, gpt, enc, rows, "test", cut)
+            assert part.name in refused(matcher.cached_features, gpt, enc, rows, "test", cache=cut)
 
 
 # ---- rl.py: rewards -----------------------------------------------------------------------------------
@@ -811,7 +811,9 @@ def reinforce(tower, h_pool, h, pays, steps=1, picks=None, K=2, optimizer=None, 
     features = dict.fromkeys(parts, h) | {"pool": h_pool}
     asked = dict.fromkeys(parts, questions)
     task = train_matcher.Task(pool, asked, features, n, Bandit(pays), {"exact": 1}, shots)
-    args = types.SimpleNamespace(steps=steps, seed=0, batch_size=len(h), rollouts=K, lr=0.0, eval_every=10**9)
+    optimizer = optimizer or torch.optim.SGD(tower.parameters(), 0.0)
+    lr = optimizer.param_groups[0]["lr"]
+    args = types.SimpleNamespace(steps=steps, seed=0, batch_size=len(h), rollouts=K, lr=lr, eval_every=10**9)
     progress, bonus = train_matcher.Progress(), rl.entropy_bonus
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
@@ -822,7 +824,6 @@ def reinforce(tower, h_pool, h, pays, steps=1, picks=None, K=2, optimizer=None, 
             stack.enter_context(unittest.mock.patch.object(tower, "sample", lambda *_: torch.tensor(picks)))
             stack.enter_context(unittest.mock.patch.object(torch, "randperm", order))
         stack.enter_context(unittest.mock.patch.object(rl, "entropy_bonus", lambda e: bonus(e, floor, 1.0)))
-        optimizer = optimizer or torch.optim.SGD(tower.parameters(), 0.0)
         train_matcher.train(task, tower, optimizer, progress, args, lambda: None, lambda: None)
     return progress.log
 
@@ -882,6 +883,7 @@ def test_reinforce_learns_which_exemplar_pays():
     everything = torch.ones(2, 4, dtype=torch.bool)
     assert matcher.select_likeliest(tower, h, h_pool, everything, 1) == [[3], []]
     assert log[0]["reward"] < 0.5 < 0.9 < log[-1]["reward"]
+    close([row["lr"] for row in log], [0.02 * (1 - step / 150) for step in range(150)], 1e-9)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_matcher_as_it_was():
@@ -975,7 +977,7 @@ def test_lora_starts_at_the_base_model_and_adds_alpha_over_r_times_b_a():
 
 def test_merging_changes_no_answer_and_unmerging_leaves_no_trace():
     """Twice is once; in bfloat16 too the base comes back to the bit; the embedding, which is the output head
-    as well, is left alone; switched off the model is the base model, merged or not."""
+    as well, is left alone."""
     for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
         m, plain = adapted(config, dtype), logits(tiny(config, dtype=dtype))
         before = {name: layer.base.weight.clone() for name, layer in lora.layers(m).items()}
@@ -990,10 +992,7 @@ def test_merging_changes_no_answer_and_unmerging_leaves_no_trace():
             for change, wanted in ((lambda m: m, together), (lora.unmerge, apart), (lora.unmerge, apart)):
                 change(m)
                 assert torch.equal(logits(m), wanted)
-                with contextlib.suppress(KeyError), lora.disabled(m):
-                    assert torch.equal(logits(m), plain)
-                    raise KeyError  # an error inside changes nothing afterwards
-                assert torch.equal(logits(m), wanted) and torch.equal(m.embed.weight, embedding)
+                assert torch.equal(m.embed.weight, embedding)
             assert all(torch.equal(layer.base.weight, before[name]) for name, layer in lora.layers(m).items())
         lora.merge(m, keep_base=False)
         assert torch.equal(logits(m), together) and not lora.layers(m)
@@ -1276,6 +1275,16 @@ def test_exemplars_keep_their_shares_and_are_never_the_example_itself():
     for few in (1, 2):  # fewer others than shots
         out = texts([], [], few, shares=(0, 1), shots=3).exemplars([0] * 50, random.Random(0))
         assert out == [[1][:few - 1]] * 50
+
+
+def test_training_examples_stand_behind_their_nearest_of_their_own_group():
+    """Without groups behind the nearest training example; a held-out example never stands before others."""
+    angle = torch.tensor([0.0, 3.0, 1.0, 2.0, 0.1, 0.9])  # the last two are held out
+    h = torch.stack([angle.cos(), angle.sin()], 1)
+    for names, wanted in ((None, [[2], [3], [3], [2], [0], [2]]), ("ababcc", [[2], [3], [0], [1], [5], [4]])):
+        rows = [{"group": g} for g in names] if names else [{}] * 6
+        assert train_lora.neighbours(h, rows, 4, 1) == wanted
+    assert train_lora.neighbours(h, [{"group": "a"}] * 5 + [{}], 4, 1) == [[2], [3], [3], [2], [0], [2]]
 
 
 def test_spellings_of_a_file_that_mean_the_same_are_read_the_same():
@@ -2179,7 +2188,7 @@ def test_data_sets_are_fetched_once_and_checked():
     rows = "".join(json.dumps({"instruction": str(n), "context": "", "response": "x"}) + "\n" for n
                    in range(3)).encode()
     patch, back = unittest.mock.patch.dict, os.getcwd()
-    ours = {"dolly": (data.SOURCES["dolly"][0], hashlib.sha256(rows).hexdigest())}
+    ours = {"dolly": [(data.SOURCES["dolly"][0][0], hashlib.sha256(rows).hexdigest())]}
     with folder() as d, server(lambda path, h: ranged(rows, h, {})) as (url, asked):
         os.chdir(d)
         try:
@@ -2190,6 +2199,25 @@ def test_data_sets_are_fetched_once_and_checked():
         finally:
             os.chdir(back)
         assert len(asked) == 2 and all("databricks-dolly-15k/resolve/bdd27f4" in path for path, _ in asked)
+
+
+def test_banking77_is_read_from_its_two_files():
+    csv = {"train.csv": b'text,category\n"Where is it, my card?",card_arrival\n',
+           "test.csv": b'text,category\r\n"Two\nlines, ""quoted""",Refund_not_showing_up\r\n'}
+    assert [url.rsplit("/", 1)[1] for url, _ in data.SOURCES["banking77"]] == list(csv)
+    back = os.getcwd()
+    with folder() as d, server(lambda path, h: ranged(csv[path.rsplit("/", 1)[1]], h, {})) as (url, asked):
+        ours = {"banking77": [(f"{url}/{n}", hashlib.sha256(body).hexdigest()) for n, body in csv.items()]}
+        os.chdir(d)
+        try:
+            with unittest.mock.patch.dict(data.SOURCES, ours):
+                found = [data.load_examples("banking77") for _ in range(2)]
+        finally:
+            os.chdir(back)
+    assert found[0] == found[1] == [
+        {"instruction": "Where is it, my card?", "input": "", "output": "card arrival"},
+        {"instruction": 'Two\nlines, "quoted"', "input": "", "output": "Refund not showing up"}]
+    assert len(asked) == 2
 
 
 def hub(files, commit="c0ffee"):
@@ -3371,6 +3399,8 @@ def test_sample_chooses_as_training_did_and_answers_as_the_lora_model_does():
         out = works("sample", *flags, "--compare", "--seed", 3, cwd=d)
         pool, m = data.load_examples(d / "out/matcher/pool.json"), model.GPT.from_pretrained(d / "tiny")
         policy, settings = matcher.load(d / "out/matcher")
+        lora.load(m, d / "out/lora")
+        lora.merge(m)
         h, h_pool = (m.features([data.encode_query(enc, e) for e in rows]) for rows in ([question], pool))
         encoded, allowed = policy.encode(h_pool), torch.ones(1, len(pool), dtype=torch.bool)
         allowed = matcher.narrow(policy.z(h), encoded.z, allowed, policy.candidates)
@@ -3378,9 +3408,6 @@ def test_sample_chooses_as_training_did_and_answers_as_the_lora_model_does():
         picks = matcher.as_lists(picks)[0]
         shown = [f"{sample.line(pool[p])}  p = {chance:.2f}" for p, chance in zip(picks, chances[0])]
         assert re.findall(r"^  \d\. (.*)$", out.split("\n[knn]")[0], re.M) == shown
-
-        lora.load(m, d / "out/lora")
-        lora.merge(m)
         assert list(answers_in(out)) == ["pillow", "knn", "threshold", "bm25", "random", "none"]
         for select, front in (("none", []), ("pillow", [data.encode_exemplar(enc, pool[p]) for p in picks])):
             prompt = data.join(enc, [*front, data.encode_query(enc, question)])
@@ -3696,12 +3723,18 @@ def main(names):
 # ---- python test_all.py --bench [lora rollouts features memory growth] [--model FOLDER or NAME] ----------
 
 
+def seconds(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
 class Bench:
     """Ours against transformers + PEFT on the same weights, dtype, threads and inputs, in turn, round by
     round: the machine's speed drifts, a ratio of neighbours does not. Where they are missing, ours alone."""
 
     def __init__(self, name):
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
         self.dtype = model.setup(types.SimpleNamespace(threads=0, device="cpu", dtype="auto"))[1]
         self.folder, self.enc = Path(data.resolve_model(name)), data.load_tokenizer(name)
         try:
@@ -3721,11 +3754,6 @@ class Bench:
 
     def race(self, what, unit, amount, mine, peer=None, rounds=5):
         """One line: amount a second of either, and theirs / ours as median [lowest .. highest]."""
-        def seconds(f):
-            start = time.perf_counter()
-            f()
-            return time.perf_counter() - start
-
         pair = [mine, peer] if peer else [mine]
         [f() for f in pair]  # warm up
         times = np.array([[seconds(f) for f in pair] for _ in range(rounds)])
@@ -3790,7 +3818,9 @@ class Bench:
                 return out
 
             cold = lambda: ours(rl.PrefixCache(mine, env.exemplars, block=16))  # noqa: E731
-            return ours, cold, theirs if peer else None
+            if peer:  # at the size of a batch that suits it best
+                best = min((16, 32, 64), key=lambda n: seconds(lambda: theirs(n)))
+            return ours, cold, (lambda: theirs(best)) if peer else None
 
         ours, cold, theirs = both(self.dtype)
         what = "rollouts: 64 questions behind 32 exemplars, 16 new tokens"

@@ -193,7 +193,7 @@ def train(run, texts, args, ddp, save_best, checkpoint):
 
 def read_flags():
     p, number = data.parser(__doc__), data.number
-    p.add_argument("--data", default="styles", help="styles, alpaca, dolly, or a file of your own")
+    p.add_argument("--data", default="styles", help="styles, alpaca, dolly, banking77, or a file of your own")
     p.add_argument("--steps", type=number(int, 1), default=64, help="optimiser steps")
     p.add_argument("--batch_size", type=number(int, 1), default=8, help="examples a step, over all processes")
     p.add_argument("--lr", type=number(float, 0), help="peak learning rate; default: 2e-3, with --full 1e-4")
@@ -235,12 +235,24 @@ def load_texts(args, model, enc, parts):
     near = None
     if args.share_nearest:
         h = matcher.cached_features(model, enc, train + val, "training questions")
-        h = (h - h[: len(train)].mean(0)) / h[: len(train)].std(0).clamp(min=1e-6)
-        # a held-out example may stand behind another one: those of its group, whose form it shares, are there
-        found = matcher.select_nearest(h[: len(train)], h[: len(train)], None, args.shots + 1)  # + 1: itself
-        found += matcher.select_nearest(h[len(train) :], h, None, args.shots + 1)
-        near = [[j for j in js if j != i][: args.shots] for i, js in enumerate(found)]
+        near = neighbours(h, train + val, len(train), args.shots)
     return Texts(questions, answers, len(train), near, shares, args.shots, enc)
+
+
+def neighbours(h, rows, n, shots):
+    """For each of `rows`, of which the first n are for training, its nearest training examples.
+
+    Where rows name a group, those of the same one: they share the answer's form, which is what an exemplar
+    is for, and a group is wholly for training or wholly held out."""
+    z = (h - h[:n].mean(0)) / h[:n].std(0).clamp(min=1e-6)
+    grouped, members, near = all("group" in e for e in rows), {}, [[]] * len(rows)
+    for i, e in enumerate(rows):
+        members.setdefault(e["group"] if grouped else None, []).append(i)
+    for some in members.values():
+        others = some if grouped else list(range(n))
+        for i, js in zip(some, matcher.select_nearest(z[some], z[others], None, shots + 1)):  # + 1: itself
+            near[i] = [others[j] for j in js if others[j] != i][:shots]
+    return near
 
 
 def prepare(model, args):

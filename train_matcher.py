@@ -8,7 +8,7 @@ Train the matching network with REINFORCE, then compare it with every other way 
     torchrun --nproc_per_node=2 train_matcher.py     # rollouts shared out over processes
 
 Data, split and model come from the adapter in out/lora, so nothing that the LoRA was trained on is asked
-here. Features are those of the model before LoRA, computed once and cached. The matcher kept is the one
+here. Features are those of the LoRA-tuned model, computed once and cached. The matcher kept is the one
 with the best greedy reward on validation questions; test questions are opened once, at the end, for all
 selectors together.
 """
@@ -90,6 +90,8 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
         advantage = rl.leave_one_out(rewards)
         log_pi, entropy = matcher.log_prob(h, pool, picks, allowed)  # (B, K)
         loss = -(advantage * log_pi).mean() + rl.entropy_bonus(entropy)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - step / args.steps)  # falls to zero: a single update is mostly noise
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(matcher.parameters(), 1.0, error_if_nonfinite=True)
@@ -99,7 +101,7 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
         row = {"step": step + 1, "reward": rewards.mean().item(),
                "loss": loss.item(),
                "no_signal": (rewards == rewards[:, :1]).all(1).double().mean().item(),
-               "entropy": entropy.mean().item(), "grad_norm": grad_norm.item(), "lr": args.lr,
+               "entropy": entropy.mean().item(), "grad_norm": grad_norm.item(), "lr": group["lr"],
                "calls": len(task.env.asked), **rl.collapse_figures(matching.as_lists(picks), task.n["train"]),
                "seconds": round(time.perf_counter() - start, 1)}
         progress.log.append(row)
@@ -253,8 +255,8 @@ def report(r):
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
 
 # what the flags default to where answers are right or wrong, and where likelihood is the reward
-SHORT = {"steps": 80, "batch_size": 16, "lr": 1e-3, "candidates": 0, "stop_prior": 0.0}
-FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 2e-4, "candidates": 8, "stop_prior": 0.1}
+SHORT = {"steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "stop_prior": 0.0}
+FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8, "stop_prior": 0.1}
 
 
 def read_flags():
@@ -271,13 +273,13 @@ def read_flags():
                    "rouge:0.5,logprob:0.5; default: exact if answers are short, else logprob")
     depends("steps", number(int, 0), "REINFORCE steps")
     depends("batch_size", number(int, 1), "questions a step")
-    depends("lr", number(float, 0, 1), "Adam's learning rate")
+    depends("lr", number(float, 0, 1), "Adam's learning rate at the start; it falls to zero")
+    depends("eval_every", number(int, 1), "steps between checkpoints")
     depends("candidates", number(int, 0), "choose among the nearest so many exemplars; 0: all")
     depends("stop_prior", number(float, 0, 0.99), "probability of stopping at once before anything is learnt")
     p.add_argument("--rollouts", type=number(int, 2), default=4, help="K, rollouts a question")
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of the towers' MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
-    p.add_argument("--eval_every", type=number(int, 1), default=10, help="steps between checkpoints")
     p.add_argument("--n_val", type=number(int, 1), default=96, help="validation questions, at most")
     p.add_argument("--n_test", type=number(int, 1), default=800, help="test questions, at most")
     p.add_argument("--n_answers", type=number(int, 1), default=800,
@@ -368,11 +370,11 @@ def load(args, p, ddp):
     if args.shots > n["train"]:
         raise UserError(f"--shots {args.shots} is more than the pool's {n['train']} exemplars")
     asked = [q for part in questions.values() for q in part]
-    h = matching.cached_features(model, enc, pool + asked, "pool and questions")
-    h = dict(zip(["pool", *questions], h.split([len(pool), *map(len, questions.values())])))
     lora.load(model, folder)
-    lora.merge(model, keep_base=False)  # rollouts run at the speed of the plain model
+    lora.merge(model, keep_base=False)  # features and rollouts at the speed of the plain model
     digest = lora.digest(folder)
+    h = matching.cached_features(model, enc, pool + asked, "pool and questions", digest)
+    h = dict(zip(["pool", *questions], h.split([len(pool), *map(len, questions.values())])))
     name = f"{model.fingerprint} {digest} {dtype}"
     env = rl.Environment(model, enc, pool, args.max_new_tokens, name, args.memo,
                          cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
@@ -400,7 +402,7 @@ def resume(path, task, matcher, optimizer, settings):
         return None
     tensors, state = saved
     with data.fitting(path):
-        data.same_settings(settings, state["settings"], path, free=("steps", "n_test", "n_answers", "oracle"))
+        data.same_settings(settings, state["settings"], path, free=("n_test", "n_answers", "oracle"))
         matcher.load_state_dict({k: tensors[k] for k in matcher.state_dict()})
         for k, p in matcher.named_parameters():
             if f"{k}.exp_avg" in tensors:
