@@ -1331,7 +1331,7 @@ def test_a_run_that_says_it_is_saved_is_saved_whenever_ctrl_c_comes():
             assert f"stopped after step {saved_at[-1]}," in end, (late, saved_at, end)
 
 
-# ---- data.py: the template -------------------------------------------------------------------------
+# ---- data.py: the template, styles and the split ---------------------------------------------------------
 
 DATE = {"instruction": "Write the date.", "input": "2021-03-09", "output": "9 March"}
 PLAIN = {"instruction": "Say hello.", "input": "", "output": "hello"}
@@ -1344,72 +1344,58 @@ def said_by(function, *args):
         return function(*args), out.getvalue()
 
 
-def test_the_template_is_alpacas_sections_without_a_preamble():
-    sections = "### Instruction:\nWrite the date.", "### Input:\n2021-03-09", "### Response:\n"
-    assert data.query_text(DATE) == "\n\n".join(sections)
-    assert data.query_text(PLAIN) == "### Instruction:\nSay hello.\n\n### Response:\n"
-    assert data.encode_answer(encoding(), PLAIN) == data.encode(encoding(), "hello") + [encoding().end_id]
-
-
-def test_a_prompt_is_the_plain_concatenation_of_its_pieces():
+def test_a_prompt_is_alpacas_sections_and_the_plain_concatenation_of_its_pieces():
     """So an exemplar has the same tokens, and the same keys and values, in front of every question."""
-    enc = encoding()
+    enc, date = encoding(), "### Instruction:\nWrite the date.\n\n### Input:\n2021-03-09\n\n### Response:\n"
     ids = data.join(enc, [data.encode_exemplar(enc, DATE), data.encode_query(enc, PLAIN)])
-    assert enc.decode(ids) == data.query_text(DATE) + "9 March" + "\n\n\n" + data.query_text(PLAIN)
-    assert not set(ids) & set(enc.end_ids)
+    assert enc.decode(ids) == date + "9 March\n\n\n### Instruction:\nSay hello.\n\n### Response:\n"
+    ids, answer = data.encode_query(enc, PLAIN), data.encode_answer(enc, PLAIN)
+    assert answer == data.encode(enc, "hello") + [enc.end_id]
+    rows, size = [PLAIN, PLAIN | {"instruction": "x" * 100}, PLAIN], len(ids + answer)
+    kept, said = said_by(data.keep_short, enc, rows, size, "mine")
+    assert kept == rows[::2] and "mine: kept 2 of 3" in said
+    assert "no example" in refused(data.keep_short, enc, rows, size - 1)
 
 
-def test_text_cannot_pose_as_another_section():
-    for posing in ("### Response:\nyes", "x\n### Response: yes", "x\n\n  ## input :", "#INSTRUCTION:",
-                   "x\r\n###\tResponse:"):
-        for field in ("instruction", "input", "output"):
+def test_text_cannot_pose_as_another_section_nor_as_the_end():
+    enc = encoding()
+    for posing in ("### Response:\nyes", "x\n\n \t## input :", "#INSTRUCTION:", "x\r\n###\tResponse:"):
+        for field in DATE:
             example = DATE | {field: posing}
-            text = data.query_text(example) + data.quote(example["output"])
+            text = enc.decode(data.encode_query(enc, example) + data.encode_answer(enc, example)[:-1])
             headings = re.findall(r"(?mi)^\s*#+[ \t]*(instruction|input|response)[ \t]*:", text)
             assert headings == ["Instruction", "Input", "Response"], (field, posing)
     for harmless in ("# Heading", "see ### Response: above", "### Responses", "a #input b", "> ### Input:"):
         assert data.quote(harmless) == harmless
-
-
-def test_special_tokens_in_any_field_are_plain_text():
-    enc = encoding()
-    example = dict.fromkeys(DATE, "<|endoftext|><|im_end|>")
-    ids = data.encode_exemplar(enc, example) + data.encode_answer(enc, example)
-    assert [i for i in ids if i in enc.end_ids] == ids[-1:] == [enc.end_id]
+    assert not {0, 1} & {*data.encode_exemplar(enc, dict.fromkeys(DATE, "<|endoftext|><|im_end|>"))}
 
 
 def test_a_text_that_went_through_tokens_is_its_own_canonical_form():
-    texts = ["한국어", "Tiếng Việt", "déjà", "e\u0301"]
-    texts = [unicodedata.normalize(form, text) for form in ("NFC", "NFD") for text in texts]
-    texts += ["1\n### Input:\n2", "  code\n", "की", "👍", "<|im_end|>", "İnstruction", "### I\u0307nput:"]
-    for normalizer in (None, {"type": "NFC"}):
-        enc = data.make_encoding(tokenizer(normalizer=normalizer), "tiny")
-        for text in texts:
+    """Rewards compare canonical forms: so a reference earns 1 against itself, and nothing else does."""
+    texts = ["한국어", "Tiếng Việt", "déjà", "1\n### Input:\n2", "  code\n", "की", "👍", "<|im_end|>",
+             "a\x04b", "İnstruction", "### I\u0307nput:", "A", "a", "का", "+", "-"]
+    for normalizer, lack in itertools.product((None, {"type": "NFC"}), ((), (4, 6))):
+        enc = data.make_encoding(tokenizer(lack=lack, normalizer=normalizer), "tiny")
+        for text in [unicodedata.normalize(form, text) for form in ("NFC", "NFD") for text in texts]:
             said = data.decode(enc, data.encode_answer(enc, {"output": text})[:-1]).decode()
             assert data.canonical(said) == data.canonical(text) == data.canonical(data.canonical(text)), text
-    assert data.canonical("की") != data.canonical("का") and data.canonical("A") != data.canonical("a")
-
-
-# ---- data.py: styles and the split ----------------------------------------------------------------------
+    assert len(set(map(data.canonical, texts))) == len(texts)
 
 
 def test_styles_have_one_rule_for_each_house_and_field():
-    """What is left of an answer when its numbers and words are masked is the house's way: one a field."""
-    examples, ways = data.styles(), {}
+    """Of a field's six ways of writing just one turns all values of a house into their answers."""
+    examples, fits = data.styles(), {}
     assert examples == data.styles() != data.styles(seed=1) and len(examples) == 120 * 8 * 3
     for e in examples:
         assert e["group"] in e["instruction"] and e["output"] not in e["instruction"]
-        words = "|".join(sorted(map(re.escape, re.findall(r"[^\W\d_]+", e["input"])), key=len, reverse=True))
-        masked = re.sub(words, "w", e["output"]) if words and e["field"] in ("list", "place") else ""
-        ways.setdefault((e["group"], e["field"]), []).append(masked)
-    assert all(len(found) == 3 and len(set(found)) == 1 for found in ways.values())
-    for start in range(0, len(examples), 24):  # round by round: the first third has one of each field
-        house = examples[start : start + 24]
-        fields = [e["field"] for e in house]
-        assert len({e["group"] for e in house}) == 1
-        assert len(set(fields[:8])) == 8 and fields == fields[:8] * 3
-    dates = " ".join(e["output"] for e in examples if e["input"][5:7] == "03" and e["field"] == "date")
-    assert all(form in dates for form in ("March", "Mar ", "/03/", ".03.", "M03"))
+        _, _, show, ways = data._FIELDS[e["field"]]
+        pattern = re.sub(r"\\{\d[^}]*\\}", "(.+)", re.escape(show))  # from an input back to its values
+        values = [int(w) if w.isdecimal() else w for w in re.fullmatch(pattern, e["input"]).groups()]
+        month = data.MONTHS[values[1] - 1] if e["field"] == "date" else ""
+        fit = {n for n, way in enumerate(ways) if way.format(*values, month) == e["output"]}
+        fits.setdefault((e["group"], e["field"]), []).append(fit)
+    rules = {(*key, *set.intersection(*found)) for key, found in fits.items() if len(found) == 3}
+    assert {len(rule) for rule in rules} == {3} and len(rules) == 120 * 8
 
 
 def test_splits_share_no_question_and_say_what_they_leave_out():
@@ -1418,350 +1404,236 @@ def test_splits_share_no_question_and_say_what_they_leave_out():
         parts, said = said_by(data.split, rows + [e | {"output": "another"} for e in rows[:7]], seed)
         questions = [data.same_question(e) for part in PARTS for e in parts[part]]
         assert len(questions) == len(set(questions)) == 200 and all(parts[part] for part in PARTS)
-        assert parts["pool"] == parts["lora_train"]
-        assert set(parts["pool_sizes"].values()) == {len(parts["pool"])}
+        assert parts["pool_sizes"] == dict.fromkeys(("train", "val", "test"), len(parts["lora_train"]))
         assert parts == data.split(rows, seed)  # of rows that ask the same the first is kept
         assert said.count("\n") == 1 and re.search(r"\b7\b", said)
     assert "20" in refused(data.split, rows_of(19))
-
-
-def test_rows_that_differ_in_capitals_or_indentation_are_different_questions():
-    base = PLAIN | {"input": "x = 1"}
-    others = [base | {"input": "X = 1"}, base | {"input": "x =  1"}, base | {"input": "if a:\n    x = 1"}]
-    others += [base | {"input": "if a:\n  x = 1"}, base | {"instruction": "say hello."}]
-    assert len({data.same_question(e) for e in [base, *others]}) == 6
-    assert data.same_question(base | {"input": "x = 1\n"}) == data.same_question(base)
-
-
-def grouped(groups, rows, start=0):
-    return [{"instruction": f"question {n} of {g}", "input": "", "output": str(n), "group": g}
-            for g in range(start, start + groups) for n in range(rows)]
+    inputs = "x = 1", "X = 1", "x =  1", " x = 1", "if a:\n    x = 1", "if a:\n  x = 1"
+    assert len({data.same_question(DATE | {"input": text}) for text in inputs}) == len(inputs)
+    assert data.same_question(DATE | {"input": "2021-03-09\n", "output": ""}) == data.same_question(DATE)
 
 
 def test_groups_are_split_whole_and_their_first_third_joins_the_pool_stage_by_stage():
+    def grouped(groups, rows):
+        return [PLAIN | {"input": f"{n} of {g}", "group": g} for g in range(groups) for n in range(rows)]
+
     for examples, shown, size in ((data.styles(), 8, 24), (grouped(20, 4), 2, 4), (grouped(10, 2), 1, 2)):
-        parts = data.split(examples, 0)
-        groups = {part: {e["group"] for e in parts[part]} for part in PARTS}
+        parts, members = data.split(examples, 0), set()
+        groups, pool = {part: {e["group"] for e in parts[part]} for part in PARTS}, parts["pool"]
         assert sum(map(len, groups.values())) == len(set.union(*groups.values())) == len(examples) // size
-        pool, sizes = parts["pool"], parts["pool_sizes"]
-        stages = {"train": groups["matcher_train"]}
-        stages["val"] = stages["train"] | groups["val"]
-        stages["test"] = stages["val"] | groups["test"]
-        for stage, members in stages.items():
-            assert {e["group"] for e in pool[: sizes[stage]]} == members
-            assert sizes[stage] == shown * len(members)
-        for group in stages["test"]:
+        for stage, part in (("train", "matcher_train"), ("val", "val"), ("test", "test")):
+            members |= groups[part]
+            seen = pool[: parts["pool_sizes"][stage]]
+            assert {e["group"] for e in seen} == members and len(seen) == shown * len(members)
+        for group in members:
             first = [e for e in examples if e["group"] == group][:shown]
             assert [e for e in pool if e["group"] == group] == first
-        assert sizes["test"] == len(pool) and sum(len(parts[p]) for p in PARTS) + len(pool) == len(examples)
-        assert data.split(examples, 1)["test"] != parts["test"]
-    assert [round(len(data.split(grouped(100, 3))[p]) / 3) for p in PARTS[:2]] == [45, 5]
-    for too_few in (grouped(5, 10), grouped(40, 1)):
-        assert "group" in refused(data.split, too_few)
-
-
-def test_long_examples_are_left_out_and_said_so():
-    enc, long = encoding(), PLAIN | {"instruction": "x" * 100}
-    size = len(data.encode_query(enc, PLAIN)) + len(data.encode_answer(enc, PLAIN))
-    kept, said = said_by(data.keep_short, enc, [PLAIN, long, PLAIN], size, "mine")
-    assert kept == [PLAIN, PLAIN] and "mine: kept 2 of 3" in said
-    assert "no example" in refused(data.keep_short, enc, [PLAIN], size - 1)
-
-
-def test_digests_tell_texts_orders_and_groups_apart():
-    assert data.digest(DATE) == data.digest(DATE | {"group": "a"})
-    assert data.digest(DATE) != data.digest(DATE | {"output": "9 march"})
-    lists = [DATE, PLAIN], [PLAIN, DATE], [DATE], [DATE | {"group": "a"}, PLAIN]
-    assert len({data.digest_rows(rows) for rows in lists}) == 4
+        assert seen == pool and sum(len(parts[p]) for p in PARTS) + len(pool) == len(examples)
+    assert all("group" in refused(data.split, too_few) for too_few in (grouped(5, 10), grouped(40, 1)))
 
 
 # ---- data.py: files of examples --------------------------------------------------------------------------
 
 
-def write_rows(path, rows):
-    """Rows as JSON, or as JSON lines where the suffix says so."""
-    text = "".join(json.dumps(r) + "\n" for r in rows) if path.suffix == ".jsonl" else json.dumps(rows)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_alpaca_and_dolly_rows_are_read_from_lists_and_lines_whatever_the_suffix():
-    alpaca = [DATE, {"instruction": "Say hello.", "output": "hello"}]
-    dolly = [{"instruction": r["instruction"], "context": r.get("input", ""), "response": r["output"],
-              "category": "x"}
-             for r in alpaca]
+def test_rows_are_read_from_lists_and_lines_whatever_the_suffix_and_as_they_stand():
+    """Alpaca's and Dolly's spelling; indentation, line ends, separators: an answer that is code compiles."""
+    odd = {"instruction": " Complete it:\n", "input": "def f(x):", "output": "    a = x\n    a\u2028\x85\r\n"}
+    alpaca = [DATE, {"instruction": "Say hello.", "output": "hello"}, odd]
+    spell = {"instruction": "instruction", "input": "context", "output": "response"}
+    dolly = [{"category": "x"} | {spell[key]: text for key, text in row.items()} for row in alpaca]
     with folder() as d:
         for rows in (alpaca, dolly):
-            lines = "\n".join(map(json.dumps, rows))
-            for text in (json.dumps(rows), json.dumps(rows, indent=2), lines,
+            lines = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
+            for text in (json.dumps(rows), "\n " + json.dumps(rows, indent=2, ensure_ascii=False), lines,
                          "\ufeff\n" + lines.replace("\n", "\r\n\r\n")):
-                for name in ("a.json", "a.jsonl", "A.JSONL", "a.ndjson", "a.txt", "a"):
+                for name in ("a.json", "a.jsonl", "A.JSONL", "a.ndjson", "a.jsonlines", "a"):
                     (d / name).write_bytes(text.encode())
-                    assert said_by(data.load_examples, d / name) == ([DATE, PLAIN], "")
+                    assert said_by(data.load_examples, d / name) == ([DATE, PLAIN, odd], "")
 
 
-def test_texts_are_kept_as_the_file_has_them():
-    """Indentation, line ends, separators inside a text: an answer that is code still compiles."""
-    odd = {"instruction": " Complete it:\n", "input": "def f(xs):",
-           "output": "    a = 0\n    return a\u2028\x85\x0b\r\n"}
-    with folder() as d:
-        for name in ("a.json", "a.jsonl"):
-            assert data.load_examples(write_rows(d / name, [odd])) == [odd]
-            (d / name).write_text(json.dumps(odd, ensure_ascii=False), encoding="utf-8")
-            assert data.load_examples(d / name) == [odd]
-
-
-def test_of_two_spellings_and_nulls_the_one_that_says_something_counts():
-    rows = [DATE | {"context": "", "response": None}, PLAIN | {"input": None, "context": None},
-            {"instruction": "x", "input": "", "context": "y", "output": None, "response": "z", "system": None,
-             "history": []}]
-    with folder() as d:
-        want = [DATE, PLAIN, {"instruction": "x", "input": "y", "output": "z"}]
-        assert said_by(data.load_examples, write_rows(d / "a.jsonl", rows)) == (want, "")
-        assert data.load_examples(write_rows(d / "a.jsonl", [PLAIN | {"output": ""}]))[0]["output"] == ""
-
-
-def test_fields_that_are_not_read_are_named_once_with_a_count():
-    rows = [e | {"system": "Be a pirate.", "history": [["a", "b"]] if n else [], "id": n, "source": "x",
-                 "text": "t", "group": "g"}
-            for n, e in enumerate(rows_of(5))]
-    with folder() as d:
-        found, said = said_by(data.load_examples, write_rows(d / "a.jsonl", rows))
-        assert said.count("\n") == 1 and re.search("'system'.*5", said) and re.search("'history'.*4", said)
-        assert not re.search("'(id|source|text|group)'", said) and all(e["group"] == "g" for e in found)
-        _, said = said_by(data.load_examples, write_rows(d / "a.jsonl", [DATE | {"\x1b[2J": "x"}]))
-        assert "\x1b" not in said
-
-
-def test_identical_rows_are_dropped_with_a_count_and_no_others():
+def test_nothing_in_a_row_is_passed_over_unsaid():
+    """(rows, what is read of them, what the one line says about the rest): null and empty fields are none."""
     near = [DATE, DATE | {"output": "9 march"}, DATE | {"input": " 2021-03-09"}, DATE | {"group": "a"}, PLAIN]
+    both = {"instruction": "Say hello.", "input": "", "context": None, "output": None, "response": "hello"}
+    talk = [DATE | {"system": "Be curt.", "history": [[1]] * n, "id": 1, "group": n} for n in range(5)]
+    cases = [
+        (near, near, ""), (near + near[:3], near, "3 duplicate rows"), ([DATE | {"output": ""}], None, ""),
+        ([both | {"history": []}, DATE | {"context": "", "response": "9 March"}], [PLAIN, DATE], ""),
+        (talk, [DATE | {"group": n} for n in range(5)], "'system' (5 rows), 'history' (4 rows)"),
+        ([DATE | {"context": "?", "text": "t", "source": "s"}], [DATE], "prompt: 'context' (1 rows)"),
+        ([DATE | {"\x1b[2J": 1}], [DATE], r"\x1b")]
     with folder() as d:
-        for name in ("a.json", "a.jsonl"):
-            assert said_by(data.load_examples, write_rows(d / name, near)) == (near, "")
-            found, said = said_by(data.load_examples, write_rows(d / name, near + near[:3]))
-            assert found == near and "3 " in said and "duplicate" in said and said.count("\n") == 1
+        for rows, want, words in cases:
+            data.write_json(d / "a.json", rows)
+            found, said = said_by(data.load_examples, d / "a.json")
+            assert found == (want or rows) and words in said and said.count("\n") == bool(words), said
+            assert "\x1b" not in said
 
 
-def test_other_formats_are_named_with_what_is_expected():
+def test_a_file_that_is_something_else_is_named_for_what_it_is():
     bz2, gzip, lzma = (importlib.import_module(name) for name in ("bz2", "gzip", "lzma"))
-    lines = "\n".join(map(json.dumps, rows_of(3)))
-    cases = [(gzip.compress(lines.encode()), "gzip"), (bz2.compress(lines.encode()), "bzip2"),
-             (b"PK\x03\x04...", "zip"),
-             (lzma.compress(lines.encode()), "xz"), (b"PAR1\x15\x04", "Parquet"),
-             (lines.encode("utf-16"), "UTF-16"),
-             (b"instruction,input,output\nhi,,ho\n", "CSV"), (lines.encode("latin-1") + b'\n{"a": "\xe9"}',
-                                                              "not UTF-8")]
+    whole, raw = json.dumps(DATE), "\n".join(map(json.dumps, rows_of(3))).encode()
+    formats = [
+        (gzip.compress(raw), "gzip"), (bz2.compress(raw), "bzip2"), (lzma.compress(raw), "xz"),
+        (b"PK\x03\x04..", "zip"), (b"PAR1\x15\x04", "Parquet"), (raw.decode().encode("utf-16"), "UTF-16"),
+        (b"instruction,input,output\nhi,,ho\n", "CSV"), (raw + b'\n{"a": "\xe9"}', "line 4: not UTF-8")]
+    rows = [
+        (whole + "\n{oops\n" + whole, "line 2"), (whole + "\n\n[1]", "3"), ('{"messages": []}', "'messages'"),
+        (whole + '\n{"instruction": "x"}', "'output'"), ('{"instruction": " ", "output": "x"}', "empty"),
+        ('{"instruction": "x", "input": ["a"], "output": "y"}', "not text"), ("[]", "no examples"),
+        ("[3]", "row 1"), ('{"instruction": "x", "output": NaN}', "line 1"), ("{\n}", "line 1")]
     with folder() as d:
-        for raw, word in cases:
-            for name in ("a.jsonl", "a.json"):
+        for name in ("a.jsonl", "a.json"):
+            for raw, words in formats + [(text.encode(), words) for text, words in rows]:
                 (d / name).write_bytes(raw)
                 message = refused(data.load_examples, d / name)
-                assert word in message and "UTF-8" in message and str(d / name) in message, message
-
-
-def test_a_bad_row_is_named_and_nothing_is_half_loaded():
-    whole = json.dumps(DATE)
-    cases = [(whole + "\n{oops\n" + whole, "line 2"), (whole + "\n\n[1]", "3"),
-             (whole + "\n" + '{"instruction": "x"}', "'output'"),
-             ('{"instruction": 5, "output": "x"}', "'instruction'"),
-             ('{"instruction": " ", "output": "x"}', "empty"),
-             ('{"instruction": "x", "output": null}', "'output'"), ('{"messages": []}', "'instruction'"),
-             ('{"instruction": "x", "input": ["a"], "output": "y"}', "'input'"),
-             ('{"instruction": "x", "output": NaN}', "line 1"),
-             ("", "no examples"), ("{\n}", "line 1"), ("[]", "no examples"), ("[3]", "row 1"),
-             ("[[]]", "row 1")]
-    with folder() as d:
-        for text, words in cases:
-            for name in ("a.jsonl", "a.json"):
-                (d / name).write_text(text)
-                message = refused(data.load_examples, d / name)
-                assert words in message and str(d / name) in message, (text, message)
-        assert "no such file" in refused(data.load_examples, d / "b.json") and refused(data.load_examples, d)
+                assert words in message and str(d / name) in message, (raw, message)
+        assert "--pool" in refused(data.load_examples, d / "none", "--pool")
 
 
 # ---- data.py: tokenizers ---------------------------------------------------------------------------------
 
-
-def test_a_tokenizer_merges_as_its_file_says():
-    def pieces(enc):
-        return [enc.decode([i]) for i in data.encode(enc, "hello hello  12\n")]
-
-    assert pieces(encoding()) == ["hello", " hello", " ", " ", "12", "\n"]
-    assert pieces(data.make_encoding(tokenizer(merges=[m.split() for m in MERGES]),
-                                     "lists")) == pieces(encoding())
-    assert pieces(data.make_encoding(tokenizer(pre=DIGITS), "tiny")) == ["hello", " hello", "  ", "1", "2",
-                                                                         "\n"]
-    split = {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}| ?\p{L}+|\s+|[^\s\p{L}\p{N}]+"},
-             "behavior": "Isolated",
-             "invert": False}
-    pre = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
-    assert pieces(data.make_encoding(tokenizer(pre=pre), "own")) == ["hello", " hello", "  ", "12", "\n"]
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def test_ids_past_the_vocabulary_never_reach_the_model():
-    lack = 4, 6, 0xF1
-    enc, text = data.make_encoding(tokenizer(lack=lack), "tiny"), "a\x04b\x06\x06 \U00050000!"
-    assert enc.n_vocab_model == max(vocabulary(lack=lack).values()) + 1
-    assert max(enc.encode_ordinary(text)) >= enc.n_vocab_model > max(data.encode(enc, text))
-    assert enc.decode(data.encode(enc, text)).startswith("ab ")
-    assert data.decode(enc, [*data.encode(enc, "hello"), 10**6]) == b"hello"
+def split_by(regex):
+    """A pre_tokenizer with a pattern of its own, as Llama 3 and Qwen have it."""
+    step = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [step, BYTE_LEVEL | {"use_regex": False}]}
 
 
-def test_any_string_can_be_encoded_and_comes_back():
-    enc, rng = encoding(), random.Random(0)
-    pieces = ["hello", " ", "  ", "\n", "\r\n", "\t", "12", "é", "e\u0301", "日本語", "😀", "👩\u200d👧",
-              "\x00", "\x1b[31m", "\x85"]
-    pieces += ["<|im_end|>", "### Response:", "'s", "'S", "½", "\u2028", "\u3000", "\ufeff", "_", "!?",
-               "\U0010ffff", "ſ"]
-    for _ in range(300):
-        text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
-        assert enc.decode(data.encode(enc, text)) == text
-    assert enc.decode(data.encode(enc, "a\ud800b")) == "a\ufffdb" and data.encode(enc, "") == []
-    for run in (" ", "a", "ab ", "é"):  # longer than tiktoken takes at once
-        assert enc.decode(data.encode(enc, run * 150_000)) == run * 150_000
-    assert data.encode(enc, "hello  12 \n" * 10_000) == enc.encode_ordinary("hello  12 \n" * 10_000)
-
-
-def added(spec, *tokens):
-    """`spec` with further added tokens (content, further settings), ids behind the vocabulary."""
+def added(spec, words=()):
+    """`spec` with further added tokens, ordinary vocabulary: {content: more settings}, with the next ids."""
     rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    specials = [rules | {"special": True} | token for token in spec["added_tokens"]]
-    more = [rules | {"id": V + n, "content": content} | changes for n, (content, changes)
-            in enumerate(tokens)]
-    return spec | {"version": "1.0", "added_tokens": specials + more,
-                   "decoder": BYTE_LEVEL | {"trim_offsets": True}}
+    old = [rules | {"special": True} | token for token in spec["added_tokens"]]
+    new = [rules | {"id": V + n, "content": word} | dict(words)[word] for n, word in enumerate(words)]
+    return spec | {"added_tokens": old + new}
+
+
+def template(*ids, behind=False):
+    """A post_processor that puts the special tokens `ids` in front of a text, or behind it."""
+    names, text = {i: list(vocabulary())[i] for i in ids}, [{"Sequence": {"id": "A", "type_id": 0}}]
+    pieces = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names.values()]
+    special = {name: {"id": name, "ids": [i], "tokens": [name]} for i, name in names.items()}
+    return {"type": "TemplateProcessing", "single": text + pieces if behind else pieces + text, "pair": [],
+            "special_tokens": special}
 
 
 def theirs(spec):
     """The same tokenizer.json, read by Hugging Face's library."""
-    level = {"trim_offsets": True, "use_regex": True}
-    pre = spec["pre_tokenizer"]
-    pre = pre | level if "pretokenizers" not in pre else pre | {"pretokenizers": [
-        level | part if part["type"] == "ByteLevel" else part for part in pre["pretokenizers"]]}
-    return need("tokenizers")[0].Tokenizer.from_str(json.dumps(added(spec) | {"pre_tokenizer": pre}))
+    return need("tokenizers")[0].Tokenizer.from_str(json.dumps({"version": "1.0"} | spec).replace(
+        '"add_prefix_space": false', '"add_prefix_space": false, "trim_offsets": true'))
 
 
-TEXTS = ["hello hello  12\n", "<think>hello</think> 12", "a<tool><tool_call>b", "  <think> ",
-         "e\u0301<e\u0301>é <é>", "日本語😀\x00",
-         "I'll say: hello,12hello \t\n\n  x", "<think", "><think>\u0338", "", "<think><think>", "<|tool|>12"]
+PIECES = ["hello", " ", "  ", "\n", "\r\n", "\t", "12", "3", "é", "e\u0301", "日本語", "😀", "👩\u200d👧",
+          "\x00", "\x85", "'s", "'S", "½", "\u2028", "\u3000", "\ufeff", "_", "!?", "\U0010ffff", "ſ", "<",
+          ">", "<é>", "\u0338", "<e\u0301>", "<tool_call>", "<think>", "</think>", "hello,", "   ", "\n\n"]
 
 
 def test_ids_are_those_of_hugging_faces_tokenizers():
-    words = [("<think>", {}), ("</think>", {}), ("<tool", {}), ("<tool_call>", {}),
-             ("<é>", {"normalized": True}),
-             ("hello,", {"normalized": True})]
-    for pre in (BYTE_LEVEL, DIGITS):
-        for normalizer in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]}):
-            for tokens in ((), words):
-                spec = added(tokenizer(pre=pre, normalizer=normalizer), *tokens)
-                enc, reference = data.make_encoding(spec, "x"), theirs(spec)
-                for text in TEXTS:
-                    assert data.encode(enc, text) == reference.encode(text).ids, (text, pre, normalizer,
-                                                                                  bool(tokens))
-                    assert normalizer or data.decode(enc, data.encode(enc, text)).decode() == text
+    """GPT-2's split, digits alone, a pattern of its own; accents composed or not; added tokens in a text."""
+    begins = {"<tool": {}, "<tool_call>": {}, "日本": {}, "本語": {}, "hello": {"id": vocabulary()["hello"]}}
+    composed = {"<é>": {"normalized": True}, "<e\u0301>": {}, "hello,": {"normalized": True}, "   ": {}}
+    words = {}, {"<think>": {}, "</think>": {}, "\n\n": {"normalized": True}}, begins, composed
+    normalizers = None, {"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+    splits = BYTE_LEVEL, DIGITS, split_by(LLAMA3_SPLIT), {"type": "Sequence", "pretokenizers": [BYTE_LEVEL]}
+    rng = random.Random(0)
+    for pre, form, more in itertools.product(splits, normalizers, words):
+        spec = added(tokenizer(pre=pre, normalizer=form, ignore_merges=rng.random() < 0.5), more)
+        enc, reference = data.make_encoding(spec, "x"), theirs(spec)
+        for text in [*PIECES, *("".join(rng.choices(PIECES, k=rng.randint(2, 10))) for _ in range(30))]:
+            ids = data.encode(enc, text)
+            assert ids == reference.encode(text).ids, (text, pre, form, more)
+            assert form or data.decode(enc, ids).decode() == text
 
 
-def template(*ids, behind=False, inside=False):
-    """A post_processor that puts the special tokens `ids` around a text."""
-    names = list(vocabulary())
-    pieces = [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in ids]
-    text = [{"Sequence": {"id": "A", "type_id": 0}}]
-    single = text + pieces if behind else pieces + text
-    step = {"type": "TemplateProcessing", "single": single, "pair": single + [{"Sequence": {"id": "B",
-                                                                                            "type_id": 1}}],
-            "special_tokens": {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in ids}}
-    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
-    return {"type": "Sequence", "processors": [level, step]} if inside else step
-
-
-def test_a_prompt_begins_with_the_begin_of_text_that_its_tokenizer_gives():
-    for ids in ((), (1,), (1, 0)):
-        for inside in (True, False):
-            spec = added(tokenizer()) | {"post_processor": template(*ids, inside=inside)}
-            enc, reference = data.make_encoding(spec, "x"), theirs(spec)
-            assert data.encode_query(enc, DATE) == reference.encode(data.query_text(DATE)).ids
-            assert enc.begin_ids == list(ids) == data.encode_query(enc, DATE)[: len(ids)]
-            exemplar, question = data.encode_exemplar(enc, DATE), data.encode_query(enc, PLAIN)
-            whole = data.query_text(DATE) + "9 March\n\n\n" + data.query_text(PLAIN)
-            assert data.join(enc, [exemplar, question]) == reference.encode(whole).ids
-            assert data.join(enc, [question]) == question and data.encode_answer(enc, DATE)[:1] != [1]
-    for bad in (template(0, behind=True), {"type": "RobertaProcessing", "sep": ["x", 0], "cls": ["y", 1]}):
-        assert "post_processor" in refused(data.make_encoding, tokenizer() | {"post_processor": bad}, "x",
-                                           error=ValueError)
+def test_a_prompt_begins_with_what_the_post_processor_puts_there():
+    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    inside = {"type": "Sequence", "processors": [level, template(1)]}
+    for post, ids in ((None, []), (level, []), (template(1), [1]), (template(1, 0), [1, 0]), (inside, [1])):
+        spec = added(tokenizer()) | {"post_processor": post}
+        enc, reference = data.make_encoding(spec, "x"), theirs(spec)
+        assert data.encode_query(enc, DATE) == reference.encode(data.query_text(DATE)).ids
+        assert data.encode_query(enc, DATE)[: len(ids)] == ids == enc.begin_ids
+        exemplar, question = data.encode_exemplar(enc, DATE), data.encode_query(enc, PLAIN)
+        whole = data.query_text(DATE) + "9 March\n\n\n" + data.query_text(PLAIN)
+        assert data.join(enc, [exemplar, question]) == reference.encode(whole).ids
 
 
 def test_an_answer_ends_as_both_configs_say():
     """(config.json's eos_token_id, generation_config.json's, the ids that end an answer)."""
-    cases = [(0, None, [0]), (1, None, [1]), (1, [1, 0], [1, 0]), ([1, 0], None, [1, 0]), (5, None, [5]),
-             (None, 7, [7]),
-             (1, 1, [1]), (None, None, [0, 1]), (0, [9], [0, 9]), (10**6, 1, [1]), (None, [], [0, 1])]
+    cases = [(0, None, [0]), (5, None, [5]), (1, [1, 0], [1, 0]), ([1, 0], None, [1, 0]), (0, [9], [0, 9]),
+             (None, 7, [7]), (1, 1, [1]), (V, 1, [1]), (None, [], [0, 1]), (None, None, [0, 1])]
     with folder() as d:
         for eos, more, want in cases:
             write_tiny_folder(d, LLAMA | {"eos_token_id": eos})
-            (d / "generation_config.json").write_text(json.dumps({}
-                                                                 if more is None else {"eos_token_id": more}))
+            data.write_json(d / "generation_config.json", {} if more is None else {"eos_token_id": more})
             enc = data.load_tokenizer(d)
-            assert (enc.end_ids, enc.end_id) == (want, want[0]), (eos, more, enc.end_ids)
-            assert data.encode_answer(enc, PLAIN)[-1] == want[0]
+            assert (enc.end_ids, data.encode_answer(enc, PLAIN)[-1]) == (want, want[0]), (eos, more)
         spec = tokenizer(vocab={t: i for t, i in vocabulary().items() if i > 1}) | {"added_tokens": []}
-        (d / "tokenizer.json").write_text(json.dumps(spec))
-        (d / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": None}))
+        data.write_json(d / "tokenizer.json", spec)
         assert "eos_token_id" in refused(data.load_tokenizer, d)
-        assert data.make_encoding(spec, "x").end_ids == []
 
 
 def test_tokenizers_that_would_differ_are_refused_by_name():
-    vocab = vocabulary()
-    split = {"type": "Split", "pattern": {"Regex": r"\s"}, "behavior": "Isolated", "invert": False}
-    loses = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
-    bad_regex = {"type": "Sequence", "pretokenizers": [split | {"pattern": {"Regex": "("}},
-                                                       loses["pretokenizers"][1]]}
-    cases = [
-        ("Metaspace", tokenizer(pre={"type": "Metaspace"})),
-        ("ByteLevel", tokenizer(pre=BYTE_LEVEL | {"add_prefix_space": True})),
-        ("pre_tokenizer", tokenizer(pre=None)),
-        ("Lowercase", tokenizer(normalizer={"type": "Lowercase"})),
-        ("WordPiece", tokenizer(type="WordPiece")),
-        ("byte_fallback", tokenizer(byte_fallback=True)),
-        ("dropout", tokenizer(dropout=0.1)),
-        ("not_yet_invented", tokenizer(not_yet_invented=1)),
-        ("unk_token", tokenizer(lack=(4,), unk_token="<|endoftext|>")),
-        ("lstrip", added(tokenizer(), ("<think>", {"lstrip": True}))),
-        ("single_word", added(tokenizer(), ("think", {"single_word": True}))),
-        ("order of its merges", tokenizer(vocab=vocab | {"he": vocab["ll"], "ll": vocab["he"]})),
-        ("hell", tokenizer(vocab={t: i for t, i in vocab.items() if t != "hell"})),
-        ("no merge makes", tokenizer(merges=MERGES[:-1])),
-        ("twice", tokenizer(vocab=vocab | {"he": 0})),
-        ("loses text", tokenizer(pre=loses)),
-        ("ids up to", tokenizer(vocab=vocab | {"x!": V + 5}, merges=[*MERGES, "x !"])),
-        ("", tokenizer(pre=bad_regex)), ("", {}), ("", []),
-    ]
+    vocab, plain = vocabulary(), tokenizer()
+    pre = {"Metaspace": {"type": "Metaspace"}, "pre_tokenizer": None, "loses text": split_by(r"\s"),
+           "ByteLevel": BYTE_LEVEL | {"add_prefix_space": True}, "damaged": split_by("(")}
+    cases = [(word, tokenizer(pre=step)) for word, step in pre.items()]
+    changes = {"byte_fallback": True, "dropout": 0.1, "not_yet_invented": 1, "end_of_word_suffix": "</w>"}
+    cases += [(key, tokenizer(**{key: value})) for key, value in changes.items()]
+    vocabs = {"order": vocab | {"he": vocab["ll"], "ll": vocab["he"]}, "twice": vocab | {"he": 0},
+              "hell": {t: i for t, i in vocab.items() if t != "hell"}, "no merge makes": vocab | {"lo": V}}
+    cases += [(word, tokenizer(vocab=changed)) for word, changed in vocabs.items()]
+    cases += [(key, added(plain, {"<think>": {key: True}})) for key in ("lstrip", "rstrip", "single_word")]
+    cases += [("Lowercase", tokenizer(normalizer={"type": "Lowercase"})),
+              ("WordPiece", tokenizer(type="WordPiece")),
+              ("unk_token", tokenizer(lack=(4,), unk_token="<|endoftext|>")), ("", {}), ("", []),
+              ("ids up to", tokenizer(vocab=vocab | {"x!": V}, merges=[*MERGES, "x !"])),
+              ("behind every text", plain | {"post_processor": template(0, behind=True)}),
+              ("Roberta", plain | {"post_processor": {"type": "RobertaProcessing", "sep": ["x", 0]}})]
     with folder() as d:
         for word, spec in cases:
-            write_tiny_folder(d)
-            (d / "tokenizer.json").write_text(json.dumps(spec))
+            data.write_json(write_tiny_folder(d) / "tokenizer.json", spec)
             message = refused(data.load_tokenizer, d)
             assert word in message and "tokenizer" in message, (word, message)
+
+
+def test_any_string_can_be_encoded_and_no_id_lies_past_the_vocabulary():
+    enc, text = data.make_encoding(tokenizer(lack=(4, 6, 0xF1)), "tiny"), "a\x04b\x06\x06 \U00050000!"
+    assert max(enc.encode_ordinary(text)) >= enc.n_vocab_model == V - 3 > max(data.encode(enc, text))
+    assert data.decode(enc, [*data.encode(enc, text), 10**6]).startswith(b"ab ")
+    assert data.encode(enc, "a\ud800b") == data.encode(enc, "a\ufffdb") and data.encode(enc, "") == []
+    for run in (" " * 150_000, "é" * 150_000, "hello   12 \n" * 10_000):  # longer than tiktoken takes at once
+        assert enc.decode(data.encode(enc, run)) == run
+    assert data.encode(enc, run) == enc.encode_ordinary(run)
 
 
 # ---- data.py: mistakes and files that are whole ------------------------------------------------------------
 
 
-def test_a_users_mistake_is_one_line_and_status_2():
-    assert exit_of(lambda: None) == (0, "")
-    assert exit_of(failing(data.UserError("no file x"))) == (2, "error: no file x\n")
-    assert exit_of(failing(KeyboardInterrupt()))[0] == 130
-    status, line = exit_of(failing(data.UserError("a\x1b[2Jb\nc" + "d" * 10_000)))
-    assert status == 2 and line.count("\n") == 1 and "\x1b" not in line and len(line) < 1100
-    piped = io.TextIOWrapper(io.BytesIO("caf\u00e9 \udcff".encode("utf-8", "surrogateescape")),
-                             encoding="cp1252")
-    with unittest.mock.patch.object(sys, "stdin", piped):  # a Windows pipe
-        exit_of(lambda: None)
-        assert piped.read() == "caf\u00e9 \ufffd"
-    try:  # what nobody has foreseen keeps its traceback
-        exit_of(failing(OSError(errno.EIO, "Input/output error")))
-    except OSError as error:
-        assert error.errno == errno.EIO
+def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new_one_whole():
+    def main(path, error):
+        with data.atomic_write(path) as temp:
+            temp.write_text("half")
+            raise error
+
+    disk, hostile = OSError(errno.ENOSPC, "No space left"), data.UserError("a\x1b[2Jb\nc" + "d" * 10_000)
+    words_of_safetensors = RuntimeError("I/O error: No space left on device (os error 28)")
+    with folder() as d:
+        dead, alive = d / f".a.json.{2**22 + 1}.tmp", d / f".a.json.{os.getppid()}.tmp"
+        for temp in (dead, alive):  # a killed process leaves one
+            temp.write_text("half")
+        data.write_json(d / "a.json", {"old": 1})
+        for error, want, words in (
+                (disk, 2, "a.json: No space"), (words_of_safetensors, 2, "a.json: No space"),
+                (hostile, 2, "a [2Jb c"), (KeyboardInterrupt(), 130, "interrupted")):
+            status, line = exit_of(functools.partial(main, d / "a.json", error))
+            assert status == want and words in line and line.count("\n") == 1 and len(line) < 1100
+        assert refused(data.write_json, d / "a.json", math.nan, error=ValueError)
+        assert data.read_json(d / "a.json") == {"old": 1} and {*os.listdir(d)} == {"a.json", alive.name}
+    assert refused(exit_of, failing(OSError(errno.EIO, "broken")), error=OSError)  # unforeseen: a traceback
 
 
 def test_a_full_or_read_only_disk_is_one_line_that_names_the_file():
@@ -1779,18 +1651,6 @@ def test_a_full_or_read_only_disk_is_one_line_that_names_the_file():
     assert status == 2 and "out/lora" in line
 
 
-def test_a_file_is_the_old_one_or_the_new_one_whole():
-    with folder() as d:
-        data.write_json(d / "a.json", {"old": 1})
-        for error in (ValueError, KeyboardInterrupt):
-            with contextlib.suppress(error), data.atomic_write(d / "a.json") as temp:
-                temp.write_text("half")
-                raise error
-        with contextlib.suppress(ValueError):
-            data.write_json(d / "a.json", float("nan"))
-        assert data.read_json(d / "a.json") == {"old": 1} and os.listdir(d) == ["a.json"]
-
-
 def test_what_a_killed_process_left_is_cleared_away():
     with folder() as d:
         dead, alive = d / f".a.json.{2**22 + 1}.tmp", d / f".a.json.{os.getppid()}.tmp"
@@ -1802,96 +1662,58 @@ def test_what_a_killed_process_left_is_cleared_away():
 
 def test_json_is_strict_and_a_mistake_is_one_line_that_names_the_file():
     bad = [b"", b'{"a": 1,\n}', b'{"a": 1, "a": 2}', b"[NaN]", b"[-Infinity]", b"[1e999]", b'["\\ud800"]',
-           b"\xff\xfe1\x00"]
-    bad += [b"[" * 1_000_000, b'{"a":' * 100_000, b"1" * 5000, b'{"k": "\xe9"}', b"\x00", b'"' + b"a" * 2000]
+           b"\xff\xfe1\x00", b"[" * 1_000_000, b"1" * 5000, b'{"k": "\xe9"}', b"\x00", b'"' + b"a" * 2000]
     with folder() as d:
         for raw in bad:
             (d / "a.json").write_bytes(raw)
-            message = refused(data.read_json, d / "a.json")
-            assert str(d / "a.json") in message and len(message) < 400, raw[:20]
-        (d / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00 \xc3\xa9", "b": 1e3}')
-        assert data.read_json(d / "a.json") == {"a": "😀 é", "b": 1000.0}
-        assert "a list" in refused(data.read_json, d / "a.json", list)
-        assert "no such file" in refused(data.read_json, d / "b.json") and refused(data.read_json, d)
-        data.write_lines(d / "a.jsonl", [{"a": "é\u2028"}, {}])
-        lines = (d / "a.jsonl").read_bytes().split(b"\n")[:-1]
-        assert [json.loads(line) for line in lines] == [{"a": "é\u2028"}, {}]
+            assert refused(data.read_json, d / "a.json").startswith(f"{d / 'a.json'}"), raw[:20]
 
 
-def test_safetensors_that_are_damaged_are_refused_in_one_line():
+def test_weights_come_back_to_the_bit_or_are_refused_in_one_line():
     with folder() as d:
-        path = d / "w.safetensors"
-        data.write_safetensors(path, {"a": torch.ones(4, 4), "b": torch.zeros(8)})
-        whole = path.read_bytes()
-        lies = [n.to_bytes(8, "little") + whole[8:] for n in (0, 1, 2**31, 2**62, 2**64 - 1)]
-        for bad in [whole[:n] for n in range(0, len(whole), 7)] + lies:
-            path.write_bytes(bad)
-            assert "w.safetensors" in refused(lambda: dict(data.read_safetensors(path)))
-        for odd in (torch.tensor([1.0, float("nan")]), torch.tensor([float("inf")]), torch.tensor([1, 2])):
-            save_file({"odd": odd}, path)
-            assert "'odd'" in refused(lambda: dict(data.read_safetensors(path)))
-        assert "no such file" in refused(lambda: dict(data.read_safetensors(d / "none.safetensors")))
-
-
-def test_a_checkpoint_comes_back_to_the_bit():
-    with folder() as d:
-        path = d / "new" / "c.safetensors"
-        assert data.read_checkpoint(path) is None
-        tensors = {"a": torch.randn(3, 5).t(), "b": torch.randn(2).bfloat16()}
-        state = {"log": [{"loss": 0.1}], "é": "😀"}
+        path, state = d / "new" / "c.safetensors", {"log": [{"loss": 0.1}], "é": "😀"}
+        assert data.read_checkpoint(path) is None and refused(next, data.read_safetensors(path))
+        tensors = {"a": torch.randn(3, 5).t(), "b": torch.ones(2).bfloat16()}
         data.write_checkpoint(path, tensors, state)
-        found, read = data.read_checkpoint(path)
-        path.write_bytes(bytes(path.stat().st_size))  # what was read stays: Windows replaces no open file
+        (found, read), whole = data.read_checkpoint(path), path.read_bytes()
         assert read == state and all(torch.equal(found[k], tensors[k]) for k in tensors)
+        for bad in [whole[:n] for n in range(0, len(whole), 7)] + [b"\xff" * 8 + whole[8:]]:
+            path.write_bytes(bad)
+            assert "c.safetensors" in refused(data.read_checkpoint, path)
+        for odd in (torch.tensor([1.0, math.nan]), torch.tensor([math.inf]), torch.tensor([1, 2])):
+            save_file({"odd": odd}, path)
+            assert "'odd'" in refused(next, data.read_safetensors(path))
 
 
-def test_the_fingerprint_covers_every_byte_that_counts():
+def test_digests_and_fingerprints_cover_all_that_counts():
+    lists = [DATE, PLAIN], [PLAIN, DATE], [DATE], [DATE | {"group": "a"}], [DATE | {"output": "?"}]
+    assert len(set(map(data.digest_rows, lists))) == 5
     with folder() as d:
-        write_tiny_folder(d)
-        first, file = data.fingerprint(d), d / "model.safetensors"
-        (d / "notes.txt").write_text("x")
-        assert data.fingerprint(d) == first
-        raw = bytearray(file.read_bytes())
-        for at in (0, len(raw) // 3, len(raw) - 1):
-            file.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
-            assert data.fingerprint(d) != first
-        file.write_bytes(raw)
-        for name in ("config.json", "tokenizer.json"):
-            text = (d / name).read_text()
-            (d / name).write_text(text + " ")
-            assert data.fingerprint(d) != first
-            (d / name).write_text(text)
-        assert data.fingerprint(d) == first and data.digest_file(file) != data.digest_file(file, file)
-        assert "no such file" in refused(data.digest_file, d / "none")
+        (d / "notes.txt").write_text("abc")
+        first = data.fingerprint(write_tiny_folder(d))
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "notes.txt"):
+            raw = (d / name).read_bytes()
+            for at in (0, len(raw) // 3, len(raw) - 1):
+                (d / name).write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+                assert (data.fingerprint(d) == first) == (name == "notes.txt")
+            (d / name).write_bytes(raw)
 
 
-def test_numbers_at_the_edge_of_a_flags_range_are_refused():
+def test_numbers_at_the_edge_of_a_flags_range_and_settings_of_another_run_are_refused():
     p = data.parser("x")
-    p.add_argument("--steps", type=data.number(int, 1))
-    p.add_argument("--lr", type=data.number(float, 0))
-    p.add_argument("--share", type=data.number(float, 0, 1))
-    cases = [("--steps", ("0", "-1", "1.5", "nan", "1e3", "9" * 30, "9" * 5000, "")),
-             ("--lr", ("inf", "nan", "-1", "1e400", "x")),
-             ("--share", ("1.0001", "-1e-9", "inf")), ("--seed", ("-1", str(2**64))),
-             ("--threads", ("100000",))]
-    for flag, values in cases:
-        for value in values:
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                try:
-                    p.parse_args([f"{flag}={value}"])
-                    raise AssertionError(f"{flag} {value} was taken")
-                except SystemExit as end:
-                    assert end.code == 2 and flag in said.getvalue().splitlines()[-1]
-    args = p.parse_args("--steps 1 --lr 0 --share 1 --seed 2147483647".split())
-    assert (args.steps, args.lr, args.share, args.seed) == (1, 0, 1, 2**31 - 1)
-
-
-def test_a_resumed_run_may_have_moved_but_not_changed():
-    then = {"lr": 0.1, "out": "out", "data": "a.jsonl", "model": "m", "pool": None, "rows": "abc"}
-    moved = then | {"out": Path("/elsewhere"), "data": "/x/a.jsonl", "model": "/x/m", "pool": "p"}
-    data.same_settings({k: str(v) if isinstance(v, Path) else v for k, v in moved.items()}, then, "last")
+    for flag, *how in (("--n", int, 1), ("--lr", float, 0), ("--share", float, 0, 1)):
+        p.add_argument(flag, type=data.number(*how))
+    bad = {"--n": ("0", "-1", "1.5", "nan", "1e3", str(2**31), "9" * 5000, ""), "--seed": ("-1", str(2**64)),
+           "--lr": ("inf", "nan", "-1", "1e400", "1e31", "1e-31", "x"), "--share": ("1.0001", "-1e-9", "inf")}
+    for flag, value in [(key, value) for key in bad for value in bad[key]]:
+        status, said = exit_of(lambda f=flag, v=value: p.parse_args([f"{f}={v}"]))
+        assert status == 2 and flag in said.splitlines()[-1], (flag, value)
+    args = vars(p.parse_args(["--n=1", "--lr=0", "--share=1", "--seed=2147483647"]))
+    assert args | {"n": 1, "lr": 0, "share": 1, "seed": 2**31 - 1} == args
+    then = {"lr": 0.1, "out": "out", "data": "a", "model": "m", "pool": None, "lora": "l", "rows": "abc"}
+    data.same_settings(then | dict.fromkeys(("out", "data", "model", "pool", "lora"), "/b"), then, "last")
     for change in ({"lr": 0.2}, {"rows": "abd"}, {"new": 1}):
-        assert str(next(iter(change))) in refused(data.same_settings, then | change, then, "last")
+        assert str(*change) in refused(data.same_settings, then | change, then, "last")
         data.same_settings(then | change, then, "last", free=change)
 
 
