@@ -759,7 +759,7 @@ def digest_file(*paths):
 def fingerprint(folder):
     """A short name for the whole content of a model folder: its JSON files' and every byte of its weights
     (about 0.6 s a gigabyte), and the template's version."""
-    names = "config.json", "generation_config.json", "tokenizer.json"
+    names = "config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"
     paths = [p for p in Path(folder).iterdir() if p.suffix == ".safetensors" or p.name in names]
     each = [TEMPLATE_VERSION, *((p.name, digest_file(p)) for p in sorted(paths))]
     return hashlib.sha256(repr(each).encode()).hexdigest()[:16]
@@ -1065,8 +1065,10 @@ def number(kind, low, high=None):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or 0 < abs(value) < 1e-30:
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text:.40} is not between {low} and {high}")
+        if 0 < abs(value) < 1e-30:
+            raise argparse.ArgumentTypeError(f"{text:.40} is too near to 0")
         return value
 
     parse.__name__ = kind.__name__  # argparse names the type in its own messages
