@@ -53,6 +53,12 @@ class Encoded(NamedTuple):
     z: torch.Tensor  # (n, C) standardised features
 
 
+def mean_and_std(h):
+    """Of each channel of features (N, C). A channel that never varies gets the std 1."""
+    std = h.std(0, correction=0)
+    return h.mean(0), torch.where(std > 1e-6, std, 1.0)
+
+
 class Matcher(nn.Module):
     """The two towers and the policy they make. B questions, K rollouts, m picks, n exemplars, C features.
 
@@ -74,10 +80,9 @@ class Matcher(nn.Module):
         self.register_buffer("std", torch.ones(C))
 
     def standardise(self, h_pool):
-        """Take mean and std from the pool's features (n, C). A channel that never varies keeps scale 1."""
-        std = h_pool.std(0, correction=0)
-        self.mean.copy_(h_pool.mean(0))
-        self.std.copy_(torch.where(std > 1e-6, std, 1.0))
+        """Take mean and std from the pool's features (n, C)."""
+        for ours, its in zip((self.mean, self.std), mean_and_std(h_pool)):
+            ours.copy_(its)
 
     def z(self, h):
         return (h - self.mean) / self.std

@@ -1,7 +1,7 @@
 """
 Ask the LoRA-tuned model a question; the matcher puts exemplars in front of it.
 
-    python sample.py --prompt "You write for Hazel. Write the date the way Hazel does." --input "2021-03-09"
+    python sample.py --prompt "For Hazel: write the date the way Hazel does." --input "2021-03-09"
     python sample.py --prompt "..." --compare            # the same question under every selector
     python sample.py --prompt "..." --explain            # why: the likeliest exemplars and *stop*
     python sample.py --pool my_pool.jsonl                # your exemplars; questions from the terminal

@@ -244,8 +244,9 @@ def neighbours(h, rows, n, shots):
 
     Where rows name a group, those of the same one: they share the answer's form, which is what an exemplar
     is for, and a group is wholly for training or wholly held out."""
-    z = (h - h[:n].mean(0)) / h[:n].std(0).clamp(min=1e-6)
-    grouped, members, near = all("group" in e for e in rows), {}, [[]] * len(rows)
+    mean, std = matcher.mean_and_std(h[:n])
+    z, grouped = (h - mean) / std, all("group" in e for e in rows)
+    members, near = {}, [[]] * len(rows)
     for i, e in enumerate(rows):
         members.setdefault(e["group"] if grouped else None, []).append(i)
     for some in members.values():
