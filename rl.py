@@ -66,20 +66,24 @@ def rouge_l(answer, reference):
     return 2 * row[-1] / (len(a) + len(b))
 
 
-SCORES = {"exact": exact, "rouge": rouge_l}  # of an answer in words, 0 to 1; "logprob" needs no answer
+SCORES = {"exact": exact, "rouge": rouge_l}  # of an answer in words, 0 to 1
+# Of the reference, so no answer is needed: its log-likelihood a token, and the probability of the whole. That
+# is what `exact` would be in the mean if answers were sampled, without the luck of a draw: it tells a near
+# miss from nonsense and a sure answer from a lucky one, so the same choice is learnt from fewer rewards.
+LIKELIHOODS = "logprob", "prob"
 
 
 def parse_reward(text):
-    """'exact', 'rouge', 'logprob' or a mix such as 'rouge:0.5,logprob:0.5' -> {name: weight}."""
+    """'exact', 'rouge', 'logprob', 'prob' or a mix such as 'rouge:0.5,logprob:0.5' -> {name: weight}."""
     weights = {}
     for part in text.split(","):
         name, _, weight = part.strip().partition(":")
         with contextlib.suppress(ValueError):
-            if name in (*SCORES, "logprob") and name not in weights and 0 < float(weight or 1) < np.inf:
+            if name in (*SCORES, *LIKELIHOODS) and name not in weights and 0 < float(weight or 1) < np.inf:
                 weights[name] = float(weight or 1)
                 continue
-        names = ", ".join(SCORES)
-        raise data.UserError(f"--reward {text}: use {names}, logprob, or a mix such as rouge:0.5,logprob:0.5")
+        names = ", ".join((*SCORES, *LIKELIHOODS))
+        raise data.UserError(f"--reward {text}: use {names}, or a mix such as rouge:0.5,logprob:0.5")
     return weights
 
 
@@ -109,10 +113,13 @@ class Environment:
         """R = sum of weight * score over `weights`, of each question behind its picks: (N,) float64 array."""
         total = np.zeros(len(questions))
         for name, weight in weights.items():
-            outcomes = self.outcomes("logprob" if name == "logprob" else "answer", questions, picks, progress)
-            if name != "logprob":
-                outcomes = [SCORES[name](answer, q["output"]) for (answer, _), q in zip(outcomes, questions)]
-            total += weight * np.array(outcomes)
+            kind = "answer" if name in SCORES else "logprob"
+            score = outcomes = self.outcomes(kind, questions, picks, progress)
+            if name in SCORES:
+                score = [SCORES[name](answer, q["output"]) for (answer, _), q in zip(outcomes, questions)]
+            if name == "prob":
+                score = np.exp(outcomes) ** [len(data.encode_answer(self.enc, q)) for q in questions]
+            total += weight * np.array(score)
         return total
 
     def outcomes(self, kind, questions, picks, progress=None):
@@ -171,6 +178,18 @@ class Environment:
         limit = str(self.max_new_tokens) if kind == "answer" else ""
         parts = [self.fingerprint, kind, limit, data.digest(question), *(self.names[p] for p in picks)]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
+
+
+class Copying:
+    """An environment without a language model: what would be earned by copying an exemplar's answer."""
+
+    def __init__(self, pool):
+        self.pool, self.asked = pool, ()
+
+    def score(self, weights, questions, picks):
+        """1.0 where the answer of one of the picks is the reference: (N,) float64 array."""
+        return np.array([max((exact(self.pool[j]["output"], q["output"]) for j in p), default=0.0)
+                         for q, p in zip(questions, picks)])
 
 
 # ---- REINFORCE ---------------------------------------------------------------------------------------------

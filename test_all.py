@@ -678,6 +678,7 @@ def test_a_config_whose_end_is_no_token_id_is_the_file_that_is_named():
 def test_rewards_are_named_and_weighted():
     assert rl.parse_reward("exact") == {"exact": 1.0}
     assert rl.parse_reward("rouge:0.5, logprob:2") == {"rouge": 0.5, "logprob": 2.0}
+    assert rl.parse_reward("prob") == {"prob": 1.0}
     for bad in ("", "bleu", "rouge:x", "rouge:nan", "rouge:inf", "exact,", "rouge:0.5;exact",
                 "rouge,rouge:0.5", "exact:0", "rouge:-1"):
         assert "--reward" in refused(rl.parse_reward, bad), bad
@@ -780,6 +781,8 @@ def test_scores_are_weighted_sums_of_rewards():
     assert exact.sum() >= 3
     likelihoods = np.array(env.outcomes("logprob", questions, PICKS))
     close(env.score({"rouge": 0.5, "logprob": 2.0}, questions, PICKS), 0.5 * rouge + 2 * likelihoods, 1e-5)
+    length = [len(data.encode_answer(env.enc, q)) for q in questions]  # with the end
+    close(env.score({"prob": 3.0}, questions, PICKS), 3 * np.exp(likelihoods * length), 1e-9)
     with unittest.mock.patch.object(env.model, "answer_logprobs", lambda *_, **__: torch.tensor([math.nan])):
         refused(env.outcomes, "logprob", QUESTIONS[:1], [[1]], error=FloatingPointError)
 
@@ -884,6 +887,29 @@ def test_reinforce_learns_which_exemplar_pays():
     assert matcher.select_likeliest(tower, h, h_pool, everything, 1) == [[3], []]
     assert log[0]["reward"] < 0.5 < 0.9 < log[-1]["reward"]
     close([row["lr"] for row in log], [0.02 * (1 - step / 150) for step in range(150)], 1e-9)
+
+
+def test_rehearsal_learns_labels_without_asking_the_language_model():
+    """A few channels tell the label, most tell nothing: the nearest exemplar is often the wrong one."""
+    rng = torch.Generator().manual_seed(0)
+    labels = [i % 4 for i in range(80)]
+    h = torch.cat([torch.eye(4)[labels], torch.randn(80, 60, generator=rng)], 1)
+    rows = [{"instruction": str(i), "input": "", "output": f"label {x}"} for i, x in enumerate(labels)]
+    n, features = dict.fromkeys(("train", "val", "test"), 16), {"pool": h[:16], "train": h[16:]}
+    task = train_matcher.Task(rows[:16], {"train": rows[16:]}, features, n, Bandit(None), {"prob": 1}, 1)
+    torch.manual_seed(0)
+    tower = matcher.Matcher(64, 32)
+    tower.standardise(h[:16])
+
+    def right():
+        picks = matcher.select_likeliest(tower, h[16:], h[:16], torch.ones(64, 16, dtype=torch.bool), 1)
+        return rl.Copying(task.pool).score({}, rows[16:], picks).mean()
+
+    assert right() < 0.5
+    train_matcher.rehearse(task, tower, 150, seed=0)  # Bandit(None) can't be asked
+    assert right() > 0.9
+    copied = rl.Copying(task.pool).score({}, [rows[20]] * 4, [[], [1], [0], [3, 4]])
+    assert copied.tolist() == [0, 0, 1, 1]  # label 0: exemplars 0, 4, 8 ...
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_matcher_as_it_was():
@@ -3158,6 +3184,7 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
                 ("--eval_only --shots 1", lambda r: (r["shots"], r["settings"]["steps"]) == (1, 4)),
                 ("--eval_only --reward rouge:.5,exact:.5", lambda r: "logprob" not in r["metrics"]["knn"]),
                 ("--eval_only --reward exact:.1,logprob:2", lambda r: r["headline"] == "exact"),
+                ("--eval_only --reward prob", lambda r: r["headline"] == "exact"),
                 (f"{untrained} 0", lambda r: r["collapse"]["none"] < 0.5),
                 (f"{untrained} 0.9", lambda r: r["collapse"]["none"] >= 0.5),  # 0.9 for the median question
                 ("--steps 0 --shots 9 --candidates 0", lambda r: r["shots"] == 9),

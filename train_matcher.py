@@ -14,7 +14,7 @@ selectors together.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,9 @@ class Task:
 
     @property
     def headline(self):
-        """The metric that decides the comparison: the reward, of a mix the first."""
-        return next(iter(self.reward))
+        """The metric that decides the comparison: the reward, of a mix the first; exact match for "prob"."""
+        first = next(iter(self.reward))
+        return "exact" if first == "prob" else first
 
     def h_pool(self, part):
         return self.h["pool"][: self.n[part]]
@@ -70,6 +71,37 @@ class Progress:
 # ---- the loop --------------------------------------------------------------------------------------
 
 
+def reinforce(task, matcher, optimizer, rng, batch_size, rollouts):
+    """One update, on `batch_size` training questions with K = `rollouts` each -> its figures."""
+    rows = torch.randperm(len(task.questions["train"]), generator=rng)[:batch_size]
+    h = task.h["train"][rows]  # (B, C)
+    pool = matcher.encode(task.h_pool("train"))
+    allowed = task.allowed("train", rows)  # (B, n)
+    allowed = matching.narrow(matcher.z(h), pool.z, allowed, matcher.candidates)
+    picks = matcher.sample(h, pool, allowed, task.shots, rollouts, rng)  # (B, K, m)
+    questions = [task.questions["train"][i] for i in rows for _ in range(rollouts)]
+    rewards = task.env.score(task.reward, questions, matching.as_lists(picks))
+    rewards = torch.from_numpy(rewards).view(len(rows), -1)  # (B, K)
+
+    advantage = rl.leave_one_out(rewards)
+    log_pi, entropy = matcher.log_prob(h, pool, picks, allowed)  # (B, K)
+    loss = -(advantage * log_pi).mean() + rl.entropy_bonus(entropy)
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(matcher.parameters(), 1.0, error_if_nonfinite=True)
+    optimizer.step()
+    return {"reward": rewards.mean().item(), "loss": loss.item(),
+            "no_signal": (rewards == rewards[:, :1]).all(1).double().mean().item(),
+            "entropy": entropy.mean().item(), "grad_norm": grad_norm.item(), "calls": len(task.env.asked),
+            **rl.collapse_figures(matching.as_lists(picks), task.n["train"])}
+
+
+def decay(optimizer, lr, done):
+    """The learning rate falls to zero as `done` rises to 1: a single update is mostly noise."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (1 - done)
+
+
 def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
     """REINFORCE from progress.step to args.steps; every `eval_every` steps the matcher is validated and
     saved."""
@@ -77,33 +109,11 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
     bar = tqdm(total=args.steps, initial=progress.step, desc="REINFORCE", disable=ddp.rank > 0)
     for step in range(progress.step, args.steps):
         rng = torch.Generator().manual_seed((args.seed << 20) + step)  # a resumed run draws the same
-        rows = torch.randperm(len(task.questions["train"]), generator=rng)[: args.batch_size]
-        h = task.h["train"][rows]
-        pool = matcher.encode(task.h_pool("train"))
-        allowed = task.allowed("train", rows)  # (B, n)
-        allowed = matching.narrow(matcher.z(h), pool.z, allowed, matcher.candidates)
-        picks = matcher.sample(h, pool, allowed, task.shots, args.rollouts, rng)  # (B, K, m)
-        questions = [task.questions["train"][i] for i in rows for _ in range(args.rollouts)]
-        rewards = task.env.score(task.reward, questions, matching.as_lists(picks))
-        rewards = torch.from_numpy(rewards).view(len(rows), -1)  # (B, K)
-
-        advantage = rl.leave_one_out(rewards)
-        log_pi, entropy = matcher.log_prob(h, pool, picks, allowed)  # (B, K)
-        loss = -(advantage * log_pi).mean() + rl.entropy_bonus(entropy)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - step / args.steps)  # falls to zero: a single update is mostly noise
-        optimizer.zero_grad()
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(matcher.parameters(), 1.0, error_if_nonfinite=True)
-        optimizer.step()
-
-        progress.step = step + 1
-        row = {"step": step + 1, "reward": rewards.mean().item(),
-               "loss": loss.item(),
-               "no_signal": (rewards == rewards[:, :1]).all(1).double().mean().item(),
-               "entropy": entropy.mean().item(), "grad_norm": grad_norm.item(), "lr": group["lr"],
-               "calls": len(task.env.asked), **rl.collapse_figures(matching.as_lists(picks), task.n["train"]),
+        decay(optimizer, args.lr, step / args.steps)
+        row = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"],
+               **reinforce(task, matcher, optimizer, rng, args.batch_size, args.rollouts),
                "seconds": round(time.perf_counter() - start, 1)}
+        progress.step = step + 1
         progress.log.append(row)
         bar.set_postfix_str(f"reward {row['reward']:.3f}, entropy {row['entropy']:.2f}, {row['calls']} calls")
         bar.update()
@@ -123,6 +133,18 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
             raise UserError(f"stopped after step {step + 1}, which is saved; go on with --resume")
     bar.close()
     interrupt.end()
+
+
+def rehearse(task, matcher, steps, seed, batch_size=32, rollouts=8, lr=1e-3):
+    """REINFORCE against a model that only copies the exemplar's answer, before the real one is asked.
+
+    Where answers are labels this tells most of what a choice is worth, and it is free: the language model's
+    rewards are dear, so few, and few are mostly noise."""
+    free, optimizer = replace(task, env=rl.Copying(task.pool)), torch.optim.Adam(matcher.parameters())
+    for step in tqdm(range(steps), desc="rehearsal", disable=task.env.ddp.rank > 0):
+        decay(optimizer, lr, step / steps)
+        reinforce(free, matcher, optimizer, torch.Generator().manual_seed((seed << 20) + step), batch_size,
+                  rollouts)
 
 
 def validate(task, matcher):
@@ -269,14 +291,17 @@ def read_flags():
     p.add_argument("--pool", help="file of exemplars to choose from; default: those of the data")
     p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
     p.add_argument("--shots", type=number(int, 1, 16), help="the most exemplars a question; default: 1")
-    p.add_argument("--reward", help="exact, rouge, logprob (likelihood of the reference), or a mix, "
-                   "rouge:0.5,logprob:0.5; default: exact if answers are short, else logprob")
+    p.add_argument("--reward", help="of the reference: prob (p of the whole) or logprob (log p a token); of "
+                   "an answer: exact or rouge; or a mix, rouge:0.5,logprob:0.5; default: prob if answers are "
+                   "short, else logprob")
     depends("steps", number(int, 0), "REINFORCE steps")
     depends("batch_size", number(int, 1), "questions a step")
     depends("lr", number(float, 0, 1), "Adam's learning rate at the start; it falls to zero")
     depends("eval_every", number(int, 1), "steps between checkpoints")
     depends("candidates", number(int, 0), "choose among the nearest so many exemplars; 0: all")
     depends("stop_prior", number(float, 0, 0.99), "probability of stopping at once before anything is learnt")
+    p.add_argument("--rehearsal", type=number(int, 0), help="steps before these on a free reward: is the "
+                   "exemplar's answer the reference? default: 500 where answers are labels, else 0")
     p.add_argument("--rollouts", type=number(int, 2), default=4, help="K, rollouts a question")
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of the towers' MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
@@ -292,7 +317,7 @@ def read_flags():
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only:
-        data.pointless(p, args, "--eval_only", "resume", *SHORT)
+        data.pointless(p, args, "--eval_only", "resume", "rehearsal", *SHORT)
     return args, p
 
 
@@ -300,7 +325,7 @@ def settle(args, p, made_with, adapter, examples):
     """Fill in what was not typed: from the matcher under --eval_only, from the adapter, else from the
     data."""
     short = np.median([len(e["output"]) for e in examples]) <= 40  # characters
-    defaults = {"shots": 1, "max_new_tokens": 48, "reward": "exact" if short else "logprob"} | made_with
+    defaults = {"shots": 1, "max_new_tokens": 48, "reward": "prob" if short else "logprob"} | made_with
     for name in ("shots", "max_new_tokens", "reward"):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
@@ -367,6 +392,10 @@ def load(args, p, ddp):
     questions["test"] = parts["test"][: args.n_test]
     pool = own_pool or parts["pool"]
     n = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
+    if args.rehearsal is None:  # answers are labels where nearly all of them stand in the pool
+        labels = {e["output"] for e in pool[: n["train"]]}
+        known = np.mean([q["output"] in labels for q in questions["train"]])
+        args.rehearsal = 500 if known > 0.9 and args.steps and "logprob" not in args.reward else 0
     if args.shots > n["train"]:
         raise UserError(f"--shots {args.shots} is more than the pool's {n['train']} exemplars")
     asked = [q for part in questions.values() for q in part]
@@ -432,6 +461,14 @@ def begin(task, matcher, args):
         matcher.set_stop_prior(args.stop_prior, h, pool, allowed)
     held_out, figures = validate(task, matcher)
     print(f"step    0  held-out {held_out:.3f} (untrained)")
+    if args.rehearsal:
+        before = {name: value.clone() for name, value in matcher.state_dict().items()}
+        rehearse(task, matcher, args.rehearsal, args.seed)
+        rehearsed, figures = validate(task, matcher)
+        print(f"step    0  held-out {rehearsed:.3f} (rehearsed)")
+        if rehearsed < held_out:
+            matcher.load_state_dict(before)
+        held_out = max(held_out, rehearsed)
     row = {"step": 0, "held_out": held_out, "held_out_figures": figures, "calls": len(task.env.asked)}
     return Progress(best=held_out, log=[row])
 
