@@ -2,9 +2,9 @@
 The reinforcement-learning half of PILLOW: rewards, the language model as an environment, the update.
 
 An episode is one question. The matcher picks exemplars until it stops; exemplars and question go to the
-LoRA-tuned language model; its answer against the reference is the reward, once, at the end. The update is
-plain REINFORCE (Williams 1992) with the leave-one-out baseline (Kool et al. 2019): with K rollouts of one
-question
+LoRA-tuned language model; how good its answer is, or how likely the reference, is the reward, once, at the
+end. The update is plain REINFORCE (Williams 1992) with the leave-one-out baseline (Kool et al. 2019): with
+K rollouts of one question
 
     grad = 1/K sum_k (R_k - b_k) grad log pi(picks_k | question),    b_k = mean of the other K - 1 rewards
 
