@@ -99,10 +99,11 @@ class Environment:
     """
 
     def __init__(self, model, enc, pool, max_new_tokens, fingerprint="", memo_path=None, batch_size=64,
-                 cache_bytes=1 << 30, block=16, ddp=None):
+                 cache_bytes=1 << 30, block=None, ddp=None):
         self.model, self.enc, self.pool, self.ddp = model, enc, pool, ddp or data.Processes()
         self.max_new_tokens, self.batch_size, self.fingerprint = max_new_tokens, batch_size, fingerprint
         self.exemplars = [data.encode_exemplar(enc, e) for e in pool]
+        block = block or (16 if len(pool) <= 1000 else 1)  # of a large pool few are picked: no neighbours
         self.prefix_cache = PrefixCache(model, self.exemplars, block=block, max_bytes=cache_bytes)
         self.names = [data.digest(e) for e in pool]
         self.memo_path = memo_path
