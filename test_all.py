@@ -3193,6 +3193,22 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
             assert right(results(d)), flags
 
 
+def test_labels_are_rehearsed_and_what_makes_it_worse_is_not_kept():
+    rows = [row | {"output": ("red", "blue")[n % 2]} for n, row in enumerate(notes(60))]
+    assert train_matcher.are_labels(rows[:30], rows[30:]) and not train_matcher.are_labels(rows, notes(60))
+    worse, flags = (lambda task, matcher, *_: matcher.tau.data.fill_(9.0)), ("--steps", 0, "--rehearsal", 3)
+    with folder() as d:
+        write_jsonl(workshop(d) / "my.jsonl", rows)
+        works("train_lora", "--lr", 0, cwd=d)
+        assert "(rehearsed)" in works("train_matcher", "--reward", "prob", *flags, cwd=d)
+        assert results(d)["settings"]["rehearsal"] == 3 and results(d)["llm_calls"] > 0
+        for held_out, kept in (((0.5, 0.4), False), ((0.4, 0.5), True)):
+            found = unittest.mock.Mock(side_effect=[(x, {}) for x in held_out])
+            with patched(train_matcher, "rehearse", worse), patched(train_matcher, "validate", found):
+                works("train_matcher", "--reward", "prob", *flags, cwd=d)
+            assert (matcher.load(d / "out/matcher")[0].tau.item() == 9.0) == kept
+
+
 def test_a_run_goes_on_from_wherever_its_files_are_called():
     """Absolute paths, a renamed folder: what was computed is the same."""
     with copy_of_trained() as d:

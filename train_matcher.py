@@ -341,6 +341,12 @@ def settle(args, p, made_with, adapter, examples):
             setattr(args, name, value)
 
 
+def are_labels(questions, pool):
+    """Whether nearly every question's answer stands in the pool as another one's."""
+    answers = {e["output"] for e in pool}
+    return np.mean([q["output"] in answers for q in questions]) > 0.9
+
+
 def read_adapter(folder, out):
     """What the adapter in `folder` says of the data, split and model it was trained with."""
     if not (folder / "adapter_config.json").exists():
@@ -392,10 +398,9 @@ def load(args, p, ddp):
     questions["test"] = parts["test"][: args.n_test]
     pool = own_pool or parts["pool"]
     n = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
-    if args.rehearsal is None:  # answers are labels where nearly all of them stand in the pool
-        labels = {e["output"] for e in pool[: n["train"]]}
-        known = np.mean([q["output"] in labels for q in questions["train"]])
-        args.rehearsal = 500 if known > 0.9 and args.steps and "logprob" not in args.reward else 0
+    if args.rehearsal is None:
+        short = args.steps and "logprob" not in args.reward
+        args.rehearsal = 500 if short and are_labels(questions["train"], pool[: n["train"]]) else 0
     if args.shots > n["train"]:
         raise UserError(f"--shots {args.shots} is more than the pool's {n['train']} exemplars")
     asked = [q for part in questions.values() for q in part]
