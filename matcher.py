@@ -11,7 +11,7 @@ language model's mean-pooled final hidden state of a question, standardised by t
     u = unit(h(x) + a),    v_j = unit(h(p_j) + b_j)
     pi(. | s_t) = softmax of  exp(tau) * (<u, v_j> + c_j  for every p_j that is allowed,  s for *stop*)
 
-Both MLPs end in zeros, so an untrained matcher *is* cosine nearest neighbour and learning can only bend it
+Both MLPs end in zeros, so among exemplars an untrained matcher takes the nearest by cosine; learning bends it
 (ours; with ordinary initial values it would have to find even that by trial and error). *stop* is an action
 of its own (ours): a wrong exemplar is worse than none. exp(tau), how sharply the policy tells scores apart,
 is learnt; it starts where the pool makes it start (`sharpen`).

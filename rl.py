@@ -1,5 +1,5 @@
 """
-The reinforcement-learning half of PILLOW: rewards, the language model as an environment, the update.
+The reinforcement-learning half of PILLOW: rewards, the language model as an environment, the baseline.
 
 An episode is one question. The matcher picks exemplars until it stops; exemplars and question go to the
 LoRA-tuned language model; how good its answer is, or how likely the reference, is the reward, once, at the
@@ -67,9 +67,8 @@ def rouge_l(answer, reference):
 
 
 SCORES = {"exact": exact, "rouge": rouge_l}  # of an answer in words, 0 to 1
-# Of the reference, so no answer is needed: its log-likelihood a token, and the probability of the whole. That
-# is what `exact` would be in the mean if answers were sampled, without the luck of a draw: it tells a near
-# miss from nonsense and a sure answer from a lucky one, so the same choice is learnt from fewer rewards.
+# Of the reference, so no answer is needed: its log-likelihood a token, and the probability of the whole. The
+# probability is what `exact` would be on average if answers were sampled, without the noise of sampling.
 LIKELIHOODS = "logprob", "prob"
 
 

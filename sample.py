@@ -1,7 +1,7 @@
 """
 Ask the LoRA-tuned model a question; the matcher puts exemplars in front of it.
 
-    python sample.py --prompt "For Hazel: write the date the way Hazel does." --input "2021-03-09"
+    python sample.py --prompt "You write for Hazel. Put this date in Hazel style." --input "2021-03-09"
     python sample.py --prompt "..." --compare            # the same question under every selector
     python sample.py --prompt "..." --explain            # why: the likeliest exemplars and *stop*
     python sample.py --pool my_pool.jsonl                # your exemplars; questions from the terminal
@@ -132,8 +132,8 @@ def ask(env, chooser, question, args):
         if select == "pillow" and picks:
             likeness = chooser.likeness(question, h)
             if likeness < chooser.threshold:
-                print(f"(nothing in the pool is like this question: similarity {likeness:.2f}, "
-                      f"exemplars helped above {chooser.threshold:.2f})")
+                print(f"(nothing in the pool is like this question: similarity {likeness:.2f}; on "
+                      f"training questions exemplars helped above {chooser.threshold:.2f})")
         answer(env, question, picks, chances, args)
 
 

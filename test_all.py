@@ -1311,6 +1311,7 @@ def test_training_examples_stand_behind_their_nearest_of_their_own_group():
         rows = [{"group": g} for g in names] if names else [{}] * 6
         assert train_lora.neighbours(h, rows, 4, 1) == wanted
     assert train_lora.neighbours(h, [{"group": "a"}] * 5 + [{}], 4, 1) == [[2], [3], [3], [2], [0], [2]]
+    assert train_lora.neighbours(h, [{"group": "a"}] * 6, 4, 1) == [[2], [3], [3], [2], [5], [4]]
 
 
 def test_spellings_of_a_file_that_mean_the_same_are_read_the_same():
@@ -3196,6 +3197,8 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
 def test_labels_are_rehearsed_and_what_makes_it_worse_is_not_kept():
     rows = [row | {"output": ("red", "blue")[n % 2]} for n, row in enumerate(notes(60))]
     assert train_matcher.are_labels(rows[:30], rows[30:]) and not train_matcher.are_labels(rows, notes(60))
+    own = [row | {"output": str(n)} for n, row in enumerate(rows)]
+    assert not train_matcher.are_labels(own, own)  # each one's answer is its own copy's only
     worse, flags = (lambda task, matcher, *_: matcher.tau.data.fill_(9.0)), ("--steps", 0, "--rehearsal", 3)
     with folder() as d:
         write_jsonl(workshop(d) / "my.jsonl", rows)
@@ -3203,10 +3206,22 @@ def test_labels_are_rehearsed_and_what_makes_it_worse_is_not_kept():
         assert "(rehearsed)" in works("train_matcher", "--reward", "prob", *flags, cwd=d)
         assert results(d)["settings"]["rehearsal"] == 3 and results(d)["llm_calls"] > 0
         for held_out, kept in (((0.5, 0.4), False), ((0.4, 0.5), True)):
-            found = unittest.mock.Mock(side_effect=[(x, {}) for x in held_out])
+            found = unittest.mock.Mock(side_effect=[(x, {"none": x}) for x in held_out])
             with patched(train_matcher, "rehearse", worse), patched(train_matcher, "validate", found):
                 works("train_matcher", "--reward", "prob", *flags, cwd=d)
             assert (matcher.load(d / "out/matcher")[0].tau.item() == 9.0) == kept
+            tensors, state = data.read_checkpoint(d / "out/last_matcher.safetensors")
+            row, = state["progress"]["log"]
+            assert row["held_out"] == row["held_out_figures"]["none"] == 0.5
+
+
+def test_a_fresh_run_that_is_killed_early_never_goes_on_from_an_earlier_run():
+    with copy_of_trained() as d:
+        before = made(d)
+        with patched(train_matcher, "train", failing(KeyboardInterrupt())):
+            assert script("train_matcher", *FLAGS["train_matcher"].split(), cwd=d)[0] != 0
+        assert "resumed at step 0" in works("train_matcher", "--resume", cwd=d)
+        assert made(d) == before
 
 
 def test_a_run_goes_on_from_wherever_its_files_are_called():

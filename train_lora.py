@@ -8,9 +8,10 @@ Fine-tune a language model with LoRA, on examples that have other examples in fr
     torchrun --nproc_per_node=2 train_lora.py          # data-parallel, the same losses
 
 An ordinary LoRA never sees an exemplar, and then one in front of the question hurts a small model as often as
-it helps. So some training examples get one: the nearest other training example, or a random one (which
-teaches when *not* to copy), or none. --share_nearest 0 --share_random 0 is plain LoRA. The loss is on
-answers and their end tokens only: the question's, and those of the exemplars in front of it.
+it helps. So some training examples get one: the nearest other training example (of the same group, where rows
+name one), or a random one (which teaches when *not* to copy), or none. --share_nearest 0 --share_random 0 is
+plain LoRA. The loss is on answers and their end tokens only: the question's, and those of the exemplars in
+front of it.
 """
 
 import math
@@ -242,13 +243,13 @@ def load_texts(args, model, enc, parts):
 def neighbours(h, rows, n, shots):
     """For each of `rows`, of which the first n are for training, its nearest training examples.
 
-    Where rows name a group, those of the same one: they share the answer's form, which is what an exemplar
-    is for, and a group is wholly for training or wholly held out."""
+    Where rows name a group, those of the same one instead: they share the answer's form, which is what an
+    exemplar is for. Groups are split whole, so a held-out one's stand behind held-out ones."""
     mean, std = matcher.mean_and_std(h[:n])
     z, grouped = (h - mean) / std, all("group" in e for e in rows)
     members, near = {}, [[]] * len(rows)
-    for i, e in enumerate(rows):
-        members.setdefault(e["group"] if grouped else None, []).append(i)
+    for i, e in enumerate(rows):  # a held-out answer is never trained on, not even in front of another
+        members.setdefault((e["group"], i < n) if grouped else None, []).append(i)
     for some in members.values():
         others = some if grouped else list(range(n))
         for i, js in zip(some, matcher.select_nearest(z[some], z[others], None, shots + 1)):  # + 1: itself

@@ -8,12 +8,13 @@ Train the matching network with REINFORCE, then compare it with every other way 
     torchrun --nproc_per_node=2 train_matcher.py     # rollouts shared out over processes
 
 Data, split and model come from the adapter in out/lora, so nothing that the LoRA was trained on is asked
-here. Features are those of the LoRA-tuned model, computed once and cached. The matcher kept is the one
-with the best greedy reward on validation questions; test questions are opened once, at the end, for all
-selectors together.
+here. Features are those of the LoRA-tuned model, computed once and cached. Where answers are labels, a
+rehearsal on a free reward comes first (see `rehearse`). The matcher kept is the one with the best greedy
+reward on validation questions; test questions are opened once, at the end, for all selectors together.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -276,7 +277,7 @@ def report(r):
 
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
 
-# what the flags default to where answers are right or wrong, and where likelihood is the reward
+# what the flags default to without logprob in the reward, and with it
 SHORT = {"steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "stop_prior": 0.0}
 FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8, "stop_prior": 0.1}
 
@@ -300,8 +301,9 @@ def read_flags():
     depends("eval_every", number(int, 1), "steps between checkpoints")
     depends("candidates", number(int, 0), "choose among the nearest so many exemplars; 0: all")
     depends("stop_prior", number(float, 0, 0.99), "probability of stopping at once before anything is learnt")
-    p.add_argument("--rehearsal", type=number(int, 0), help="steps before these on a free reward: is the "
-                   "exemplar's answer the reference? default: 500 where answers are labels, else 0")
+    p.add_argument("--rehearsal", type=number(int, 0), help="updates before the --steps, on a free reward "
+                   "(is the exemplar's answer the reference?); default: 500 where answers are labels and the "
+                   "reward has no logprob, else 0")
     p.add_argument("--rollouts", type=number(int, 2), default=4, help="K, rollouts a question")
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of the towers' MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
@@ -343,8 +345,10 @@ def settle(args, p, made_with, adapter, examples):
 
 def are_labels(questions, pool):
     """Whether nearly every question's answer stands in the pool as another one's."""
-    answers = {e["output"] for e in pool}
-    return np.mean([q["output"] in answers for q in questions]) > 0.9
+    asked = {(e["output"], data.same_question(e)) for e in pool}
+    times = Counter(answer for answer, _ in asked)
+    known = [times[q["output"]] > ((q["output"], data.same_question(q)) in asked) for q in questions]
+    return np.mean(known) > 0.9
 
 
 def read_adapter(folder, out):
@@ -469,11 +473,12 @@ def begin(task, matcher, args):
     if args.rehearsal:
         before = {name: value.clone() for name, value in matcher.state_dict().items()}
         rehearse(task, matcher, args.rehearsal, args.seed)
-        rehearsed, figures = validate(task, matcher)
+        rehearsed, new = validate(task, matcher)
         print(f"step    0  held-out {rehearsed:.3f} (rehearsed)")
         if rehearsed < held_out:
             matcher.load_state_dict(before)
-        held_out = max(held_out, rehearsed)
+        else:
+            held_out, figures = rehearsed, new
     row = {"step": 0, "held_out": held_out, "held_out_figures": figures, "calls": len(task.env.asked)}
     return Progress(best=held_out, log=[row])
 
@@ -489,15 +494,21 @@ def train_and_save(task, args, settings):
         if first:
             matching.save(matcher, folder, settings)
 
+    def checkpoint():
+        if first:
+            save_checkpoint(path, task, matcher, optimizer, progress, settings)
+
     progress = resume(path, task, matcher, optimizer, settings) if args.resume else None
     if progress is None:
         progress = begin(task, matcher, args)
         if first:
             data.write_json(folder / "pool.json", task.pool)
+        checkpoint()  # --resume must not go on from one that an earlier run left
+    if progress.step == 0:
         save_best()
-    train(task, matcher, optimizer, progress, args, save_best,
-          lambda: first and save_checkpoint(path, task, matcher, optimizer, progress, settings))
+    train(task, matcher, optimizer, progress, args, save_best, checkpoint)
     settings["llm_calls"] = len(task.env.asked)
+    task.env.ddp.sum([0])  # every process waits for the files of the first
     matcher, _ = matching.load(folder)  # the best, not the last
     settings["threshold"] = threshold_on_training(task, matcher)  # for sample.py, too
     save_best()
