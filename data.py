@@ -232,10 +232,11 @@ def fetch(name):
     """The files of a data set, downloaded where they are not yet in cache/."""
     paths = []
     for url, sha256 in SOURCES[name]:
-        paths.append(Path("cache") / name / url.rsplit("/", 1)[1])
-        if not paths[-1].exists():
+        path = Path("cache") / name / url.rsplit("/", 1)[1]
+        if not path.exists():
             hint = "; --data takes a file of your own, too"
-            download(url.format(hub=hub_endpoint()), paths[-1], sha256, hint=hint)
+            download(url.format(hub=hub_endpoint()), path, sha256, hint=hint)
+        paths.append(path)
     return paths
 
 

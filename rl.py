@@ -113,12 +113,13 @@ class Environment:
         """R = sum of weight * score over `weights`, of each question behind its picks: (N,) float64 array."""
         total = np.zeros(len(questions))
         for name, weight in weights.items():
-            kind = "answer" if name in SCORES else "logprob"
-            score = outcomes = self.outcomes(kind, questions, picks, progress)
             if name in SCORES:
-                score = [SCORES[name](answer, q["output"]) for (answer, _), q in zip(outcomes, questions)]
+                answers = self.outcomes("answer", questions, picks, progress)
+                score = [SCORES[name](answer, q["output"]) for (answer, _), q in zip(answers, questions)]
+            else:
+                score = self.outcomes("logprob", questions, picks, progress)  # a token
             if name == "prob":
-                score = np.exp(outcomes) ** [len(data.encode_answer(self.enc, q)) for q in questions]
+                score = np.exp(score) ** [len(data.encode_answer(self.enc, q)) for q in questions]
             total += weight * np.array(score)
         return total
 
@@ -188,7 +189,7 @@ class Copying:
 
     def score(self, weights, questions, picks):
         """1.0 where the answer of one of the picks is the reference: (N,) float64 array."""
-        return np.array([max((exact(self.pool[j]["output"], q["output"]) for j in p), default=0.0)
+        return np.array([float(any(exact(self.pool[j]["output"], q["output"]) for j in p))
                          for q, p in zip(questions, picks)])
 
 

@@ -103,6 +103,17 @@ def exit_of(main):
     return 0, stderr.getvalue()
 
 
+@contextlib.contextmanager
+def working_in(path):
+    """The current folder is `path` meanwhile."""
+    back = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(back)
+
+
 def failing(error):
     def main(*_, **__):
         raise error
@@ -2039,17 +2050,13 @@ def test_a_disk_that_fills_up_during_a_download_is_named():
 def test_data_sets_are_fetched_once_and_checked():
     rows = "".join(json.dumps({"instruction": str(n), "context": "", "response": "x"}) + "\n" for n
                    in range(3)).encode()
-    patch, back = unittest.mock.patch.dict, os.getcwd()
+    patch = unittest.mock.patch.dict
     ours = {"dolly": [(data.SOURCES["dolly"][0][0], hashlib.sha256(rows).hexdigest())]}
     with folder() as d, server(lambda path, h: ranged(rows, h, {})) as (url, asked):
-        os.chdir(d)
-        try:
-            with patch(os.environ, {"HF_ENDPOINT": url}):
-                assert "announced" in refused(data.load_examples, "dolly")  # not Dolly's sha256
-                with patch(data.SOURCES, ours):
-                    assert [len(data.load_examples("dolly")) for _ in range(3)] == [3, 3, 3]
-        finally:
-            os.chdir(back)
+        with working_in(d), patch(os.environ, {"HF_ENDPOINT": url}):
+            assert "announced" in refused(data.load_examples, "dolly")  # not Dolly's sha256
+            with patch(data.SOURCES, ours):
+                assert [len(data.load_examples("dolly")) for _ in range(3)] == [3, 3, 3]
         assert len(asked) == 2 and all("databricks-dolly-15k/resolve/bdd27f4" in path for path, _ in asked)
 
 
@@ -2057,15 +2064,10 @@ def test_banking77_is_read_from_its_two_files():
     csv = {"train.csv": b'text,category\n"Where is it, my card?",card_arrival\n',
            "test.csv": b'text,category\r\n"Two\nlines, ""quoted""",Refund_not_showing_up\r\n'}
     assert [url.rsplit("/", 1)[1] for url, _ in data.SOURCES["banking77"]] == list(csv)
-    back = os.getcwd()
     with folder() as d, server(lambda path, h: ranged(csv[path.rsplit("/", 1)[1]], h, {})) as (url, asked):
         ours = {"banking77": [(f"{url}/{n}", hashlib.sha256(body).hexdigest()) for n, body in csv.items()]}
-        os.chdir(d)
-        try:
-            with unittest.mock.patch.dict(data.SOURCES, ours):
-                found = [data.load_examples("banking77") for _ in range(2)]
-        finally:
-            os.chdir(back)
+        with working_in(d), unittest.mock.patch.dict(data.SOURCES, ours):
+            found = [data.load_examples("banking77") for _ in range(2)]
     assert found[0] == found[1] == [
         {"instruction": "Where is it, my card?", "input": "", "output": "card arrival"},
         {"instruction": 'Two\nlines, "quoted"', "input": "", "output": "Refund not showing up"}]
@@ -2808,18 +2810,16 @@ def workshop(d, **changes):
 
 def script(name, *flags, cwd, stdin=""):
     """Call a script's main() in this process, in folder cwd: (status, stdout, stderr)."""
-    out, err, back, handler = io.StringIO(), io.StringIO(), os.getcwd(), signal.getsignal(signal.SIGINT)
+    out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGINT)
     argv, stdin, status = [f"{name}.py", *flags_of(name, flags)], stdin or io.StringIO(), 0
-    os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+        with working_in(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
                 patched(sys, "argv", argv), patched(sys, "stdin", stdin):
             data.run(importlib.import_module(name).main)
     except SystemExit as end:
         status = end.code
     finally:
-        os.chdir(back)
         signal.signal(signal.SIGINT, handler)
     return status, out.getvalue(), err.getvalue()
 

@@ -103,8 +103,8 @@ def learning_rate(step, steps, peak, warmup):
 def held_out_loss(model, texts, ddp):
     """Mean loss of an answer token of held-out questions, behind exemplars in the training shares.
 
-    The exemplars' own answers do not count: most are training answers, better memorised the longer it goes
-    on."""
+    The exemplars' own answers do not count: without groups most are training answers, better memorised the
+    longer it goes on."""
     model.eval()
     rows = list(range(texts.n, len(texts.questions)))
     fronts = texts.exemplars(rows, random.Random(0))
@@ -223,7 +223,7 @@ def read_flags():
 
 
 def load_texts(args, model, enc, parts):
-    """Encode the LoRA's training and held-out examples, and find each one's nearest training examples."""
+    """Encode the LoRA's training and held-out examples, and find what may stand in front of each."""
     train, val = parts["lora_train"], parts["lora_val"][:64]
     questions = [data.encode_query(enc, e) for e in train + val]
     answers = [data.encode_answer(enc, e) for e in train + val]
@@ -241,10 +241,10 @@ def load_texts(args, model, enc, parts):
 
 
 def neighbours(h, rows, n, shots):
-    """For each of `rows`, of which the first n are for training, its nearest training examples.
+    """For each of `rows`, of which the first n are for training, the nearest others: training examples.
 
-    Where rows name a group, those of the same one instead: they share the answer's form, which is what an
-    exemplar is for. Groups are split whole, so a held-out one's stand behind held-out ones."""
+    Where rows name a group, others of the same one: they share the answer's form, which is what an exemplar
+    is for. Groups are split whole, so a held-out one's examples stand behind held-out ones."""
     mean, std = matcher.mean_and_std(h[:n])
     z, grouped = (h - mean) / std, all("group" in e for e in rows)
     members, near = {}, [[]] * len(rows)

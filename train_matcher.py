@@ -403,8 +403,8 @@ def load(args, p, ddp):
     pool = own_pool or parts["pool"]
     n = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
     if args.rehearsal is None:
-        short = args.steps and "logprob" not in args.reward
-        args.rehearsal = 500 if short and are_labels(questions["train"], pool[: n["train"]]) else 0
+        labels = "logprob" not in args.reward and are_labels(questions["train"], pool[: n["train"]])
+        args.rehearsal = 500 if labels and args.steps else 0
     if args.shots > n["train"]:
         raise UserError(f"--shots {args.shots} is more than the pool's {n['train']} exemplars")
     asked = [q for part in questions.values() for q in part]
