@@ -307,6 +307,7 @@ def read_flags():
     p.add_argument("--rollouts", type=number(int, 2), default=4, help="K, rollouts a question")
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of the towers' MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
+    p.add_argument("--n_train", type=number(int, 1), default=6000, help="training questions, at most")
     p.add_argument("--n_val", type=number(int, 1), default=96, help="validation questions, at most")
     p.add_argument("--n_test", type=number(int, 1), default=800, help="test questions, at most")
     p.add_argument("--n_answers", type=number(int, 1), default=800,
@@ -398,8 +399,8 @@ def load(args, p, ddp):
     sft = load_sft(args.sft, model, adapter, dtype, device) if args.sft else None
 
     parts = data.split(kept, adapter["seed"])
-    questions = {"train": parts["matcher_train"], "val": parts["val"][: args.n_val]}
-    questions["test"] = parts["test"][: args.n_test]
+    questions = {"train": parts["matcher_train"][: args.n_train], "val": parts["val"][: args.n_val],
+                 "test": parts["test"][: args.n_test]}
     pool = own_pool or parts["pool"]
     n = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
     if args.rehearsal is None:
