@@ -136,7 +136,7 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
     interrupt.end()
 
 
-def rehearse(task, matcher, steps, seed, batch_size=32, rollouts=8, lr=1e-3):
+def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
     """REINFORCE against a model that only copies the exemplar's answer, before the real one is asked.
 
     Where answers are labels this tells most of what a choice is worth, and it is free: the language model's
@@ -302,8 +302,8 @@ def read_flags():
     depends("candidates", number(int, 0), "choose among the nearest so many exemplars; 0: all")
     depends("stop_prior", number(float, 0, 0.99), "probability of stopping at once before anything is learnt")
     p.add_argument("--rehearsal", type=number(int, 0), help="updates before the --steps, on a free reward "
-                   "(is the exemplar's answer the reference?); default: 500 where answers are labels and the "
-                   "reward has no logprob, else 0")
+                   "(is the exemplar's answer the reference?); default: 1000 where answers are "
+                   "labels and the reward has no logprob, else 0")
     p.add_argument("--rollouts", type=number(int, 2), default=4, help="K, rollouts a question")
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of the towers' MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
@@ -405,7 +405,7 @@ def load(args, p, ddp):
     n = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
     if args.rehearsal is None:
         labels = "logprob" not in args.reward and are_labels(questions["train"], pool[: n["train"]])
-        args.rehearsal = 500 if labels and args.steps else 0
+        args.rehearsal = 1000 if labels and args.steps else 0
     if args.shots > n["train"]:
         raise UserError(f"--shots {args.shots} is more than the pool's {n['train']} exemplars")
     asked = [q for part in questions.values() for q in part]
