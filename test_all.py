@@ -2767,7 +2767,7 @@ FLAGS = {
     "train_lora": TRAIN + "--model tiny --data my.jsonl --rank 2 --lr .02",
     "train_lora --full": TRAIN + "--model tiny --data my.jsonl --lr .001",
     "train_matcher": TRAIN + "--reward logprob --rollouts 3 --lr .001 --shots 2 --oracle 2 "
-                             "--max_new_tokens 8",
+                             "--n_train 12 --max_new_tokens 8",
     "train_matcher --eval_only": SIMPLE + "--oracle 2",
     "sample": SIMPLE + "--max_new_tokens 8",
 }
@@ -3435,7 +3435,7 @@ MISTAKES = {  # {script: "what the message names: flags | ..."}
         tokenizer.json: --sft no_tokenizer | seed: --resume --seed 1 | file: --out file --lora out/lora
         --shots: --shots 17 | --rollouts: --rollouts 1 | --candidates: --candidates -1
         --candidates: --candidates 1 --shots 2 | --stop_prior: --stop_prior 1
-        --resume: --eval_only --resume | --lr: --eval_only --lr 0.1""",
+        --resume: --eval_only --resume | --lr: --eval_only --lr 0.1 | --n_val: --eval_only --n_val 5""",
     "sample": """
         another model: --prompt a --model other | another model: --prompt a --model wide
         nope.jsonl: --prompt a --pool nope.jsonl | line 3: --prompt a --pool bad.jsonl

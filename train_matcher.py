@@ -320,7 +320,7 @@ def read_flags():
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only:
-        data.pointless(p, args, "--eval_only", "resume", "rehearsal", *SHORT)
+        data.pointless(p, args, "--eval_only", "resume", "rehearsal", "rollouts", "hidden", "n_val", *SHORT)
     return args, p
 
 
@@ -339,8 +339,8 @@ def settle(args, p, made_with, adapter, examples):
             setattr(args, name, made_with.get(name, default))
     if 0 < args.candidates < args.shots:
         p.error(f"--candidates {args.candidates} are fewer than --shots {args.shots}")
-    for name, value in {"seed": made_with.get("seed", args.seed), "model": adapter["model"]}.items():
-        if getattr(args, name) == p.get_default(name):
+    for name, value in ({"model": adapter["model"]} | made_with).items():
+        if name in ("model", "seed", "n_train") and getattr(args, name) == p.get_default(name):
             setattr(args, name, value)
 
 
