@@ -338,11 +338,11 @@ class GPT(nn.Module):
         return out
 
     def _batches(self, prompts, prefixes, prefix_cache, batch_size, new):
-        """Yield (rows, cache): prompts of like length together, the cache filled with what stands in front of
+        """Yield (rows, cache): texts of like length together, the cache filled with what stands in front of
         them, with room for each prompt and its new[i] further tokens."""
         prefixes = prefixes or [None] * len(prompts)
         front = [0 if j is None else prefix_cache.length(j) for j in prefixes]
-        order = sorted(range(len(prompts)), key=lambda i: (front[i] + len(prompts[i]), i))
+        order = sorted(range(len(prompts)), key=lambda i: (front[i] + len(prompts[i]) + new[i], i))
         for s in reversed(range(0, len(order), batch_size)):  # longest first: the others fit into its memory
             rows = order[s:s + batch_size]
             P, Q = max(front[i] for i in rows), max(len(prompts[i]) + new[i] for i in rows)
