@@ -166,6 +166,12 @@ class Matcher(nn.Module):
             low, high = (float(self.tau), high) if flat else (low, float(self.tau))
 
     @torch.no_grad()
+    def stop_below(self, t):
+        """Set the score of *stop* so that the likeliest first pick, before anything is learnt, is that of
+        `select_threshold` with this t."""
+        self.question_tower[-1].bias[-1] = t
+
+    @torch.no_grad()
     def set_stop_prior(self, p, h, pool, allowed):
         """Set the score of *stop* so that the policy, before it learns, stops at once with probability p
         for the median question. At 0, far below any neighbour's cosine, it would hardly ever be tried, so

@@ -443,6 +443,18 @@ def test_the_stop_prior_is_the_median_questions_chance_of_stopping():
         close(scores.softmax(-1)[:, -1].median(), p, 1e-5)
 
 
+def test_a_policy_that_stops_below_t_starts_as_the_threshold_selector():
+    _, h_pool, h = random_matcher(C=8, n=30, B=40)
+    tower, allowed = matcher.Matcher(8, 16), torch.rand(40, 30) < 0.5
+    tower.standardise(h_pool)
+    for t in (-2.0, 0.5, 2.0):
+        tower.stop_below(t)
+        tower.sharpen(h, tower.encode(h_pool), allowed, 0.3)
+        picks = matcher.select_threshold(tower.z(h), tower.z(h_pool), allowed, 1, t)
+        assert matcher.select_likeliest(tower, h, h_pool, allowed, 1) == picks
+        assert [bool(p) for p in picks].count(False) in {-2.0: [0], 0.5: range(5, 36), 2.0: [40]}[t]
+
+
 def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one_line():
     made_with = dict.fromkeys(("shots", "seed", "max_new_tokens"), 2) | {"reward": {}}
     made_with |= dict.fromkeys(("model", "fingerprint", "adapter"), "x")

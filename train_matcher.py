@@ -279,7 +279,7 @@ def report(r):
 
 # what the flags default to without logprob in the reward, and with it
 SHORT = {"steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "stop_prior": 0.0}
-FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8, "stop_prior": 0.1}
+FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8, "stop_prior": None}
 
 
 def read_flags():
@@ -300,7 +300,8 @@ def read_flags():
     depends("lr", number(float, 0, 1), "Adam's learning rate at the start; it falls to zero")
     depends("eval_every", number(int, 1), "steps between checkpoints")
     depends("candidates", number(int, 0), "choose among the nearest so many exemplars; 0: all")
-    depends("stop_prior", number(float, 0, 0.99), "probability of stopping at once before anything is learnt")
+    p.add_argument("--stop_prior", type=number(float, 0, 0.99), help="probability of stopping at once before "
+                   "anything is learnt; default: 0, with the reward logprob as the tuned threshold stops")
     p.add_argument("--rehearsal", type=number(int, 0), help="updates before the --steps, on a free reward "
                    "(is the exemplar's answer the reference?); default: 1000 where answers are "
                    "labels and the reward has no logprob, else 0")
@@ -466,6 +467,8 @@ def begin(task, matcher, args):
     matcher.standardise(task.h_pool("train"))
     h, pool = task.h["train"][:256], matcher.encode(task.h_pool("train"))
     allowed = matching.narrow(matcher.z(h), pool.z, task.allowed("train", range(len(h))), matcher.candidates)
+    if args.stop_prior is None:  # the policy starts as the threshold selector
+        matcher.stop_below(threshold_on_training(task, matcher))
     matcher.sharpen(h, pool, allowed)
     if args.stop_prior:
         matcher.set_stop_prior(args.stop_prior, h, pool, allowed)
