@@ -392,7 +392,8 @@ def load(args, p, ddp):
     ddp.first(lambda: data.resolve_model(args.model))
     model, enc = GPT.from_pretrained(args.model, dtype, device), data.load_tokenizer(args.model)
     if adapter["fingerprint"] != model.fingerprint:
-        raise UserError(f"{folder}: made for {adapter['model']}, not for {args.model}")
+        raise UserError(f"{folder}: made for {adapter['model']}, whose weights are not those of {args.model} "
+                        "here, or by another version; train it again")
     kept = data.keep_short(enc, examples, adapter["max_tokens"], adapter["data"])
     if adapter["rows"] != data.digest_rows(kept):
         raise UserError(f"{adapter['data']}: no longer the rows that {folder} was trained on, so some of "
