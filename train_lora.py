@@ -138,6 +138,8 @@ def train(run, texts, args, ddp, save_best, checkpoint):
     saved."""
     batches, interrupt = draw_batches(texts.n, args.batch_size, args.steps, args.seed), data.Interrupt()
     start, tokens, model = time.perf_counter(), 0, run.model.train()
+    if run.step == 0:  # a rate that is too high for the model shows against this
+        print(f"step    0  held-out {held_out_loss(model, texts, ddp):.3f} (untrained)")
     bar = tqdm(total=args.steps, initial=run.step, desc="SFT" if args.full else "LoRA", disable=ddp.rank > 0)
     for step in range(run.step, args.steps):
         torch.manual_seed((args.seed << 20) + step)  # from the step's number: a resumed run draws the same
@@ -197,7 +199,8 @@ def read_flags():
     p.add_argument("--data", default="styles", help="styles, alpaca, dolly, banking77, or a file of your own")
     p.add_argument("--steps", type=number(int, 1), default=64, help="optimiser steps")
     p.add_argument("--batch_size", type=number(int, 1), default=8, help="examples a step, over all processes")
-    p.add_argument("--lr", type=number(float, 0), help="peak learning rate; default: 2e-3, with --full 1e-4")
+    p.add_argument("--lr", type=number(float, 0), help="peak learning rate; default: 2e-3, with --full "
+                   "1e-4; above 135 M parameters try a quarter")
     p.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of steps in which it rises")
     p.add_argument("--rank", type=number(int, 1), default=8, help="r, the adapter's rank")
     p.add_argument("--alpha", type=number(float, 0), default=16, help="the update is scaled by alpha / r")
