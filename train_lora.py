@@ -138,8 +138,6 @@ def train(run, texts, args, ddp, save_best, checkpoint):
     saved."""
     batches, interrupt = draw_batches(texts.n, args.batch_size, args.steps, args.seed), data.Interrupt()
     start, tokens, model = time.perf_counter(), 0, run.model.train()
-    if run.step == 0:  # a rate that is too high for the model shows against this
-        print(f"step    0  held-out {held_out_loss(model, texts, ddp):.3f} (untrained)")
     bar = tqdm(total=args.steps, initial=run.step, desc="SFT" if args.full else "LoRA", disable=ddp.rank > 0)
     for step in range(run.step, args.steps):
         torch.manual_seed((args.seed << 20) + step)  # from the step's number: a resumed run draws the same
