@@ -178,7 +178,7 @@ class Matcher(nn.Module):
         never learnt."""
         none = torch.zeros(len(h), 0, dtype=torch.long)
         others = self.scores(h, pool, none, allowed)[:, :-1].logsumexp(-1)  # (B,)
-        self.question_tower[-1].bias[-1] = (others.median() + math.log(p / (1 - p))) / self.tau.exp()
+        self.stop_below((others.median() + math.log(p / (1 - p))) / self.tau.exp())
 
 
 # ---- which exemplars are allowed --------------------------------------------------------------------------

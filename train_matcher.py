@@ -308,7 +308,7 @@ def read_flags():
     p.add_argument("--rollouts", type=number(int, 2), default=4, help="K, rollouts a question")
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of the towers' MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
-    p.add_argument("--n_train", type=number(int, 1), default=6000, help="training questions, at most")
+    p.add_argument("--n_train", type=number(int, 1), help="training questions, at most; default: 6000")
     p.add_argument("--n_val", type=number(int, 1), default=96, help="validation questions, at most")
     p.add_argument("--n_test", type=number(int, 1), default=800, help="test questions, at most")
     p.add_argument("--n_answers", type=number(int, 1), default=800,
@@ -329,10 +329,10 @@ def settle(args, p, made_with, adapter, examples):
     """Fill in what was not typed: from the matcher under --eval_only, from the adapter, else from the
     data."""
     short = np.median([len(e["output"]) for e in examples]) <= 40  # characters
-    defaults = {"shots": 1, "max_new_tokens": 48, "reward": "prob" if short else "logprob"} | made_with
-    for name in ("shots", "max_new_tokens", "reward"):
+    defaults = {"shots": 1, "max_new_tokens": 48, "n_train": 6000, "reward": "prob" if short else "logprob"}
+    for name, default in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, defaults[name])
+            setattr(args, name, made_with.get(name, default))
     if isinstance(args.reward, str):
         args.reward = rl.parse_reward(args.reward)
     for name, default in (FREE_TEXT if "logprob" in args.reward else SHORT).items():
@@ -340,8 +340,8 @@ def settle(args, p, made_with, adapter, examples):
             setattr(args, name, made_with.get(name, default))
     if 0 < args.candidates < args.shots:
         p.error(f"--candidates {args.candidates} are fewer than --shots {args.shots}")
-    for name, value in ({"model": adapter["model"]} | made_with).items():
-        if name in ("model", "seed", "n_train") and getattr(args, name) == p.get_default(name):
+    for name, value in {"seed": made_with.get("seed", args.seed), "model": adapter["model"]}.items():
+        if getattr(args, name) == p.get_default(name):
             setattr(args, name, value)
 
 
