@@ -1284,7 +1284,7 @@ def test_training_text_is_what_the_model_will_be_asked():
 def test_the_held_out_loss_is_the_mean_of_the_questions_own_answer_tokens():
     m, rows = tiny(), range(4, 44)
     some = texts(ragged(*(3 + i * 7 % 25 for i in range(44))), ragged(*(1 + i % 5 for i in range(44))), n=4,
-                 near=[[i % 4, (i + 1) % 4] for i in range(44)], shares=(0.5, 0.3), shots=2)
+                 near=lambda i: [i % 4, (i + 1) % 4], shares=(0.5, 0.3), shots=2)
     total = 0.0
     for i, front in zip(rows, some.exemplars(rows, random.Random(0))):
         answer, (ids, *_) = some.answers[i], some.batch([i], [front], "cpu")
@@ -1310,10 +1310,10 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine_to_a_tenth():
 
 def test_exemplars_keep_their_shares_and_are_never_the_example_itself():
     n, times = 12, 6000
-    near, rows = [[(i + d) % n for d in (1, 2, 3)] for i in range(n)], [i % n for i in range(times)]
+    near, rows = lambda i: [(i + d) % n for d in (1, 2, 3)], [i % n for i in range(times)]
     out = texts([], [], n, near, (0.5, 0.3), 3).exemplars(rows, random.Random(0))
     assert all(i not in front and len(set(front)) == len(front) <= 3 for i, front in zip(rows, out))
-    nearest = [front == near[i][:len(front)] for i, front in zip(rows, out)]
+    nearest = [front == near(i)[:len(front)] for i, front in zip(rows, out)]
     for shots in (1, 2, 3):  # with one exemplar a random one is the nearest for 1 in 11
         got = sum(hit and len(front) == shots for hit, front in zip(nearest, out)) / times
         p = (0.5 + 0.3 / math.perm(n - 1, shots)) / 3
@@ -1328,13 +1328,15 @@ def test_exemplars_keep_their_shares_and_are_never_the_example_itself():
 
 def test_training_examples_stand_behind_their_nearest_of_their_own_group():
     """Without groups behind the nearest training example; a held-out example never stands before others."""
-    angle = torch.tensor([0.0, 3.0, 1.0, 2.0, 0.1, 0.9])  # the last two are held out
-    h = torch.stack([angle.cos(), angle.sin()], 1)
-    for names, wanted in ((None, [[2], [3], [3], [2], [0], [2]]), ("ababcc", [[2], [3], [0], [1], [5], [4]])):
-        rows = [{"group": g} for g in names] if names else [{}] * 6
-        assert train_lora.neighbours(h, rows, 4, 1) == wanted
-    assert train_lora.neighbours(h, [{"group": "a"}] * 5 + [{}], 4, 1) == [[2], [3], [3], [2], [0], [2]]
-    assert train_lora.neighbours(h, [{"group": "a"}] * 6, 4, 1) == [[2], [3], [3], [2], [5], [4]]
+    texts = ["a b c d", "w x y z", "a b c x", "b x y z", "a b c d e", "a b"]  # the last two are held out
+    alone, grouped = [[2], [3], [0], [1], [0], [0]], [[2], [3], [0], [1], [5], [4]]
+    for names, wanted in ((None, alone), ("ababcc", grouped), ("aaaaa", alone), ("aaaaaa", grouped),
+                          ("abcdef", [[]] * 6)):
+        rows = [{"instruction": text, "input": "", "output": ""} for text in texts]
+        for row, name in zip(rows, names or ""):
+            row["group"] = name
+        near = train_lora.neighbours(rows, 4, 1)
+        assert [near(i) for i in range(6)] == wanted
 
 
 def test_spellings_of_a_file_that_mean_the_same_are_read_the_same():

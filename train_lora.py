@@ -14,9 +14,11 @@ plain LoRA. The loss is on answers and their end tokens only: the question's, an
 front of it.
 """
 
+import functools
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +39,7 @@ class Texts:
     questions: list  # ids of each question
     answers: list  # ids of each answer, end token last
     n: int  # how many are training examples; the others are held out
-    near: list  # for each its nearest examples, nearest first
+    near: Callable  # near(i): the training examples nearest to i, nearest first
     shares: tuple  # share of examples behind their nearest, behind random ones
     shots: int
     enc: object
@@ -48,7 +50,7 @@ class Texts:
         for i in rows:
             u, m = rng.random(), rng.randint(1, self.shots)
             if u < self.shares[0]:
-                fronts.append(self.near[i][:m])
+                fronts.append(self.near(i)[:m])
             elif u < sum(self.shares):
                 others = [j for j in rng.sample(range(self.n), min(self.n, m + 1)) if j != i]
                 fronts.append(others[:m])
@@ -223,7 +225,7 @@ def read_flags():
     return args, p
 
 
-def load_texts(args, model, enc, parts):
+def load_texts(args, n_ctx, enc, parts):
     """Encode the LoRA's training and held-out examples, and find what may stand in front of each."""
     train, val = parts["lora_train"], parts["lora_val"][:64]
     questions = [data.encode_query(enc, e) for e in train + val]
@@ -231,30 +233,34 @@ def load_texts(args, model, enc, parts):
     shares = args.share_nearest, args.share_random
     between = len(data.encode(enc, data.BETWEEN))
     lengths = sorted(len(q) + len(a) + between for q, a in zip(questions, answers))
-    if (longest := sum(lengths[-1 - args.shots * any(shares) :])) > model.config.n_ctx:
+    if (longest := sum(lengths[-1 - args.shots * any(shares) :])) > n_ctx:
         raise UserError(f"--max_tokens {args.max_tokens} and --shots {args.shots} let an example take "
-                        f"{longest:,} tokens; the model's context is {model.config.n_ctx}")
-    near = None
-    if args.share_nearest:
-        h = matcher.cached_features(model, enc, train + val, "training questions")
-        near = neighbours(h, train + val, len(train), args.shots)
+                        f"{longest:,} tokens; the model's context is {n_ctx}")
+    near = neighbours(train + val, len(train), args.shots)
     return Texts(questions, answers, len(train), near, shares, args.shots, enc)
 
 
-def neighbours(h, rows, n, shots):
-    """For each of `rows`, of which the first n are for training, the nearest others: training examples.
+def neighbours(rows, n, shots):
+    """-> near(i), row i's nearest training examples by BM25. Of `rows` the first n are for training.
 
     Where rows name a group, others of the same one: they share the answer's form, which is what an exemplar
-    is for. Groups are split whole, so a held-out one's examples stand behind held-out ones."""
-    mean, std = matcher.mean_and_std(h[:n])
-    z, grouped = (h - mean) / std, all("group" in e for e in rows)
-    members, near = {}, [[]] * len(rows)
-    for i, e in enumerate(rows):  # a held-out answer is never trained on, not even in front of another
-        members.setdefault((e["group"], i < n) if grouped else None, []).append(i)
-    for some in members.values():
-        others = some if grouped else list(range(n))
-        for i, js in zip(some, matcher.select_nearest(z[some], z[others], None, shots + 1)):  # + 1: itself
-            near[i] = [others[j] for j in js if others[j] != i][:shots]
+    is for. Groups are split whole, so a held-out one's examples stand behind held-out ones. By words, though
+    the matcher goes by features: the same field's exemplar as often, without reading every example first.
+    """
+    grouped, members = all("group" in e for e in rows), {}
+    kinds = [(e["group"], i < n) if grouped else None for i, e in enumerate(rows)]
+    for i, kind in enumerate(kinds):
+        if grouped or i < n:  # a held-out answer is never trained on, not even in front of another
+            members.setdefault(kind, []).append(i)
+    texts = [data.query_text(e) for e in rows]
+    bm25 = {kind: matcher.BM25([texts[j] for j in some]) for kind, some in members.items()}
+
+    @functools.cache
+    def near(i):
+        others = members[kinds[i]]
+        [picks] = bm25[kinds[i]].select([texts[i]], [[j != i for j in others]], shots)
+        return [others[j] for j in picks]
+
     return near
 
 
@@ -313,7 +319,7 @@ def main():
     ddp.first(lambda: data.resolve_model(args.model))
     model, enc = GPT.from_pretrained(args.model, dtype, device), data.load_tokenizer(args.model)
     examples = data.keep_short(enc, examples, args.max_tokens, args.data)
-    texts = load_texts(args, model, enc, data.split(examples, args.seed))
+    texts = load_texts(args, model.config.n_ctx, enc, data.split(examples, args.seed))
     run = prepare(model, args)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
                 if k not in ("resume", "threads", "device")}
