@@ -273,7 +273,7 @@ def lesson():
     model = nn.Sequential(layer)
     weight, trained = base.weight.clone(), layer(x)
     merge(model)
-    print(f"merged: largest difference {(model(x) - trained).abs().max().item():.1e}, W alone is multiplied")
+    print(f"merged: largest difference {(model(x) - trained).abs().max().item():.1e}, one product again")
     unmerge(model)
     print(f"unmerged: W is what it was, to the bit: {torch.equal(base.weight, weight)}")
 

@@ -3,12 +3,13 @@ The matching network: which exemplars of the pool should stand in front of this 
 
 PILLOW (Qi et al. 2023, arXiv 2312.05621) has two small MLPs, one for the question and one for the pool's
 exemplars; the dot product of their outputs, over the pool, is a distribution. With h(.) the LoRA-tuned
-language model's mean-pooled final hidden state of a question, standardised by the pool's mean and std:
+language model's mean-pooled final hidden state of a question (an exemplar's answer left out), and z(.) the
+same standardised by the pool's mean and std:
 
     state    s_t = (question x, exemplars chosen so far)
-    a, s     = MLP_q[h(x), mean of the chosen h]   question tower: a as wide as h; s, the score of *stop*
-    b_j, c_j = MLP_p[h(p_j)]                       exemplar tower: b_j as wide as h; c_j, how good p_j is
-    u = unit(h(x) + a),    v_j = unit(h(p_j) + b_j)
+    a, s     = MLP_q[z(x), mean of the chosen z]   question tower: a as wide as z; s, the score of *stop*
+    b_j, c_j = MLP_p[z(p_j)]                       exemplar tower: b_j as wide as z; c_j, how good p_j is
+    u = unit(z(x) + a),    v_j = unit(z(p_j) + b_j)
     pi(. | s_t) = softmax of  exp(tau) * (<u, v_j> + c_j  for every p_j that is allowed,  s for *stop*)
 
 Both MLPs end in zeros, so among exemplars an untrained matcher takes the nearest by cosine; learning bends it
@@ -65,16 +66,15 @@ class Matcher(nn.Module):
     candidates: how many of the nearest exemplars may be chosen; 0: the whole pool (see `narrow`).
     """
 
-    def __init__(self, C, hidden=256, candidates=0, identity=True):
+    def __init__(self, C, hidden=256, candidates=0):
         super().__init__()
-        self.settings = {"C": C, "hidden": hidden, "candidates": candidates, "identity": identity}
-        self.candidates, self.identity = candidates, identity
+        self.settings = {"C": C, "hidden": hidden, "candidates": candidates}
+        self.candidates = candidates
         self.question_tower = nn.Sequential(nn.Linear(2 * C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))
         self.exemplar_tower = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))
-        if identity:
-            for tower in (self.question_tower, self.exemplar_tower):
-                nn.init.zeros_(tower[-1].weight)
-                nn.init.zeros_(tower[-1].bias)
+        for tower in (self.question_tower, self.exemplar_tower):  # z + 0: the nearest neighbour
+            nn.init.zeros_(tower[-1].weight)
+            nn.init.zeros_(tower[-1].bias)
         self.tau = nn.Parameter(torch.tensor(math.log(20.0)))
         self.register_buffer("mean", torch.zeros(C))
         self.register_buffer("std", torch.ones(C))
@@ -91,10 +91,10 @@ class Matcher(nn.Module):
         """The pool's features (n, C) -> Encoded."""
         z = self.z(h_pool)
         b, c = self.exemplar_tower(z).split([z.shape[1], 1], -1)  # (n, C), (n, 1)
-        return Encoded(F.normalize((z if self.identity else 0) + b, dim=-1), c[:, 0], z)
+        return Encoded(F.normalize(z + b, dim=-1), c[:, 0], z)
 
     def scores(self, h, pool, chosen, allowed):
-        """Unnormalised log pi(. | s_t), (B, n + 1): a column an exemplar, the last *stop*; -inf if not
+        """Unnormalised log pi(. | s_t), (B, n + 1): a column per exemplar, then *stop*; -inf if not
         allowed.
 
         h (B, C) the questions' features; chosen (B, t) picks so far; allowed (B, n) bool.
@@ -102,7 +102,7 @@ class Matcher(nn.Module):
         z = self.z(h)
         context = pool.z[chosen].mean(1) if chosen.shape[1] else torch.zeros_like(z)  # (B, C)
         a, s = self.question_tower(torch.cat([z, context], -1)).split([z.shape[1], 1], -1)  # (B, C), (B, 1)
-        u = F.normalize((z if self.identity else 0) + a, dim=-1)
+        u = F.normalize(z + a, dim=-1)
         scores = torch.cat([u @ pool.v.t() + pool.quality, s], -1) * self.tau.exp()  # (B, n + 1)
         allowed = F.pad(allowed, (0, 1), value=True)  # stopping is always allowed
         # chosen holds STOP where an episode is over; neither that row's context nor its scores are looked at
@@ -118,10 +118,10 @@ class Matcher(nn.Module):
         chances = torch.ones(len(h), shots)
         for t in range(shots):
             p = self.scores(h, pool, picks[:, :t], allowed).softmax(-1)  # (B, n + 1)
-            a = p.argmax(-1) if generator is None else torch.multinomial(p, 1, generator=generator)[:, 0]
+            pick = p.argmax(-1) if generator is None else torch.multinomial(p, 1, generator=generator)[:, 0]
             going = picks[:, t - 1] != STOP if t else torch.ones(len(h), dtype=torch.bool)
-            picks[:, t] = torch.where(going & (a < p.shape[1] - 1), a, STOP)
-            chances[:, t] = torch.where(going, p.gather(1, a[:, None])[:, 0], 1.0)
+            picks[:, t] = torch.where(going & (pick < p.shape[1] - 1), pick, STOP)
+            chances[:, t] = torch.where(going, p.gather(1, pick[:, None])[:, 0], 1.0)
         return picks, chances
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ class Matcher(nn.Module):
     def log_prob(self, h, pool, picks, allowed):
         """Exact log pi of whole episodes, picks (B, K, m) -> log pi (B, K) and entropy (B, K).
 
-        log pi(a_1 .. a_m | x) = sum_t log pi(a_t | s_t), up to and including the stop; the entropy is the
+        log pi(p_1 .. p_m | x) = sum_t log pi(p_t | s_t), up to and including the stop; the entropy is the
         mean over the decisions that an episode really took.
         """
         B, K, m = picks.shape
@@ -141,9 +141,9 @@ class Matcher(nn.Module):
         log_pi = entropy = decisions = torch.zeros(B * K)
         for t in range(m):
             log_p = self.scores(h, pool, picks[:, :t], allowed).log_softmax(-1)  # (B K, n + 1)
-            a = picks[:, t] % log_p.shape[1]  # STOP is the last column
+            pick = picks[:, t] % log_p.shape[1]  # STOP is the last column
             taken = (picks[:, t - 1] != STOP).float() if t else torch.ones(B * K)
-            log_pi = log_pi + taken * log_p.gather(1, a[:, None])[:, 0]
+            log_pi = log_pi + taken * log_p.gather(1, pick[:, None])[:, 0]
             entropy = entropy - taken * (log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # 0 log 0 = 0
             decisions = decisions + taken
         return log_pi.view(B, K), (entropy / decisions).view(B, K)
@@ -168,17 +168,9 @@ class Matcher(nn.Module):
     @torch.no_grad()
     def stop_below(self, t):
         """Set the score of *stop* so that the likeliest first pick, before anything is learnt, is that of
-        `select_threshold` with this t."""
+        `select_threshold` with this t. Untouched it is 0, so far below any neighbour's cosine that *stop* is
+        hardly ever tried, and never learnt."""
         self.question_tower[-1].bias[-1] = t
-
-    @torch.no_grad()
-    def set_stop_prior(self, p, h, pool, allowed):
-        """Set the score of *stop* so that the policy, before it learns, stops at once with probability p
-        for the median question. At 0, far below any neighbour's cosine, it would hardly ever be tried, so
-        never learnt."""
-        none = torch.zeros(len(h), 0, dtype=torch.long)
-        others = self.scores(h, pool, none, allowed)[:, :-1].logsumexp(-1)  # (B,)
-        self.stop_below((others.median() + math.log(p / (1 - p))) / self.tau.exp())
 
 
 # ---- which exemplars are allowed --------------------------------------------------------------------------
@@ -211,7 +203,7 @@ def narrow(z, z_pool, allowed, k):
     return out
 
 
-# ---- selectors, the matcher and those it has to beat: each a list of at most `shots` pool indices a question
+# ---- selectors, the matcher and those it has to beat: each at most `shots` pool indices per question
 
 
 @torch.no_grad()
@@ -226,7 +218,7 @@ def select_likeliest(matcher, h, h_pool, allowed, shots):
 
 
 def as_lists(picks):
-    """(..., m) tensor with STOP -> a list of pool indices an episode."""
+    """(..., m) tensor with STOP -> a list of pool indices per episode."""
     return [[j for j in row if j != STOP] for row in picks.flatten(0, -2).tolist()]
 
 
@@ -258,9 +250,9 @@ def similarity(z, z_pool, picks):
 
 
 def tune_threshold(cosine, gain):
-    """The t that makes the mean of gain (N,) over questions with cosine (N,) > t, none elsewhere, largest.
+    """The t for which "an exemplar where cosine (N,) > t, else none" gains most, summed over questions.
 
-    gain: reward behind the nearest exemplar minus reward behind none, on training questions. The control
+    gain (N,): reward behind the nearest exemplar minus reward behind none, on training questions. The control
     that a trained matcher has to beat where it learns only *when* to take an exemplar.
     """
     order = torch.argsort(cosine, descending=True)

@@ -450,8 +450,8 @@ class PrefixCache:
     whatever follows, so every rollout behind it shares them, exactly. (A second exemplar's depend on the
     first: a pool of n has n^2 of those, few asked for twice, so they are simply part of the prompt.)
 
-    They are computed in fixed neighbourhoods of `block`, never in the order of asking: rounding depends on
-    what shares a batch, and an interrupted run must end bit for bit like a whole one. A neighbourhood has at
+    They are computed in fixed groups of `block`, never in the order of asking: rounding depends on
+    what shares a batch, and an interrupted run must end bit for bit like a whole one. A group has at
     most `tokens`, padding included, so that one book among short exemplars is worked out alone. Beyond
     `max_bytes` the least recently used are forgotten.
     """
@@ -459,7 +459,7 @@ class PrefixCache:
     def __init__(self, model, entries, block=16, tokens=8192, max_bytes=1 << 30):
         self.model, self.entries, self.max_bytes = model, entries, max_bytes
         self.kv, self.bytes = {}, 0
-        self.blocks, rows = {}, []  # {index: its neighbourhood}
+        self.blocks, rows = {}, []  # {index: its group}
         for i in sorted(range(len(entries)), key=lambda i: len(entries[i])):  # like lengths together
             if len(entries[i]) > model.config.n_ctx:
                 break  # this and all longer ones can stand in front of nothing

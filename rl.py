@@ -102,7 +102,7 @@ class Environment:
         self.model, self.enc, self.pool, self.ddp = model, enc, pool, ddp or data.Processes()
         self.max_new_tokens, self.batch_size, self.fingerprint = max_new_tokens, batch_size, fingerprint
         self.exemplars = [data.encode_exemplar(enc, e) for e in pool]
-        block = block or (16 if len(pool) <= 1000 else 1)  # of a large pool few are picked: no neighbours
+        block = block or (16 if len(pool) <= 1000 else 1)  # of a large pool few are picked: one at a time
         self.prefix_cache = PrefixCache(model, self.exemplars, block=block, max_bytes=cache_bytes)
         self.names = [data.digest(e) for e in pool]
         self.memo_path = memo_path
@@ -127,6 +127,7 @@ class Environment:
         """kind "answer": [greedy answer, cut short?]; "logprob": log-likelihood a token of the reference."""
         keys = [self.key(kind, q, p) for q, p in zip(questions, picks)]
         self.asked.update(keys)
+        # the first question of each new key, in the order of asking
         new = sorted({k: i for i, k in reversed(list(enumerate(keys))) if k not in self.memo}.values())
         quiet = not (new and progress) or self.ddp.rank > 0
         bar = tqdm(total=len(new), desc=progress, unit="call", leave=False, disable=quiet)
@@ -202,7 +203,7 @@ def leave_one_out(rewards):
     return (rewards - rewards.mean(1, keepdim=True)) * (K / (K - 1))
 
 
-def entropy_bonus(entropy, floor=0.3, weight=0.05):
+def entropy_floor(entropy, floor=0.3, weight=0.05):
     """A loss that holds the policy's mean entropy up below `floor` nats, and leaves it alone above."""
     return weight * (floor - entropy.mean()).clamp(min=0)
 
@@ -231,7 +232,7 @@ def best_fixed(env, weights, questions, allowed, seed, tried=16):
 
 
 def collapse_figures(picks, n):
-    """Has the policy collapsed onto a few of n exemplars? picks: a list of pool indices a question.
+    """Has the policy collapsed onto a few of n exemplars? picks: a list of pool indices per question.
 
     distinct: exemplars used; top_pair: share of questions that got one of the two most used; none: share
     without any."""

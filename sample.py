@@ -63,7 +63,9 @@ class Chooser:
             return matching.select_threshold(z, z_pool, allowed, self.shots, self.threshold)[0], None
         if select == "bm25":
             return self.bm25.select([data.query_text(question)], allowed, self.shots)[0], None
-        return matching.select_random(allowed, self.shots, self.rng)[0] if select == "random" else [], None
+        if select == "random":
+            return matching.select_random(allowed, self.shots, self.rng)[0], None
+        return [], None  # "none"
 
     def likeness(self, question, h):
         """Similarity of the nearest exemplar."""

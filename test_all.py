@@ -285,13 +285,12 @@ def by_hand(tower, h_pool, h, picks, allowed):
     def z(x):
         return (x.numpy() - h_pool.numpy().mean(0)) / h_pool.numpy().std(0)
 
-    own = 1.0 if tower.identity else 0.0
     context = np.mean([z(h_pool[j]) for j in picks], 0) if picks else 0 * z(h)
     out = mlp(tower.question_tower, np.concatenate([z(h), context]))
-    u, weights = unit(own * z(h) + out[:-1]), {matcher.STOP: math.exp(math.exp(tower.tau) * out[-1])}
+    u, weights = unit(z(h) + out[:-1]), {matcher.STOP: math.exp(math.exp(tower.tau) * out[-1])}
     for j in set(allowed) - set(picks):
         v = mlp(tower.exemplar_tower, z(h_pool[j]))
-        weights[j] = math.exp(math.exp(tower.tau) * (u @ unit(own * z(h_pool[j]) + v[:-1]) + v[-1]))
+        weights[j] = math.exp(math.exp(tower.tau) * (u @ unit(z(h_pool[j]) + v[:-1]) + v[-1]))
     return {a: w / sum(weights.values()) for a, w in weights.items()}
 
 
@@ -314,11 +313,11 @@ def every_episode(tower, h_pool, h, shots, allowed):
 
 
 def policy_cases():
-    """Matchers, what is allowed, and all their episodes: pools that run out, no identity."""
-    for case in ({}, {"identity": False}, {"shots": 1}, {"allowed": [0, 3]}, {"allowed": []}, {"n": 2}):
+    """Matchers, what is allowed, and all their episodes: pools that run out, too."""
+    for case in ({}, {"shots": 1}, {"allowed": [0, 3]}, {"allowed": []}, {"n": 2}):
         n, shots = case.get("n", 4), case.get("shots", 3)
         with float64():
-            tower, h_pool, h = random_matcher(n=n, identity=case.get("identity", True))
+            tower, h_pool, h = random_matcher(n=n)
         allowed = case.get("allowed", range(n))
         mask = torch.tensor([[j in allowed for j in range(n)]])
         yield tower, h_pool, h, shots, mask, every_episode(tower, h_pool, h[0], shots, allowed)
@@ -433,16 +432,6 @@ def test_the_policy_starts_as_sharp_as_asked_whatever_the_pools_size():
             close(torch.special.entr(p).sum(-1).mean(), nats, 0.01)
 
 
-def test_the_stop_prior_is_the_median_questions_chance_of_stopping():
-    tower, h_pool, h = random_matcher(C=8, n=30, B=21)
-    for p, allowed in ((0.2, torch.ones(21, 30, dtype=torch.bool)), (0.05, torch.rand(21, 30) < 0.5)):
-        tower = matcher.Matcher(8, 16)
-        tower.standardise(h_pool)
-        tower.set_stop_prior(p, h, tower.encode(h_pool), allowed)
-        scores = tower.scores(h, tower.encode(h_pool), torch.zeros(21, 0, dtype=torch.long), allowed)
-        close(scores.softmax(-1)[:, -1].median(), p, 1e-5)
-
-
 def test_a_policy_that_stops_below_t_starts_as_the_threshold_selector():
     _, h_pool, h = random_matcher(C=8, n=30, B=40)
     tower, allowed = matcher.Matcher(8, 16), torch.rand(40, 30) < 0.5
@@ -458,7 +447,7 @@ def test_a_policy_that_stops_below_t_starts_as_the_threshold_selector():
 def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one_line():
     made_with = dict.fromkeys(("shots", "seed", "max_new_tokens"), 2) | {"reward": {}}
     made_with |= dict.fromkeys(("model", "fingerprint", "adapter"), "x")
-    for kwargs in ({}, {"identity": False}, {"candidates": 3}):
+    for kwargs in ({}, {"candidates": 3}):
         tower, h_pool, h = random_matcher(B=5, **kwargs)
         with folder() as d:
             matcher.save(tower, d, made_with)
@@ -840,7 +829,7 @@ def reinforce(tower, h_pool, h, pays, steps=1, picks=None, K=2, optimizer=None, 
     optimizer = optimizer or torch.optim.SGD(tower.parameters(), 0.0)
     lr = optimizer.param_groups[0]["lr"]
     args = types.SimpleNamespace(steps=steps, seed=0, batch_size=len(h), rollouts=K, lr=lr, eval_every=10**9)
-    progress, bonus = train_matcher.Progress(), rl.entropy_bonus
+    progress, bonus = train_matcher.Progress(), rl.entropy_floor
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
         if picks is not None:
@@ -849,7 +838,7 @@ def reinforce(tower, h_pool, h, pays, steps=1, picks=None, K=2, optimizer=None, 
 
             stack.enter_context(unittest.mock.patch.object(tower, "sample", lambda *_: torch.tensor(picks)))
             stack.enter_context(unittest.mock.patch.object(torch, "randperm", order))
-        stack.enter_context(unittest.mock.patch.object(rl, "entropy_bonus", lambda e: bonus(e, floor, 1.0)))
+        stack.enter_context(unittest.mock.patch.object(rl, "entropy_floor", lambda e: bonus(e, floor, 1.0)))
         train_matcher.train(task, tower, optimizer, progress, args, lambda: None, lambda: None)
     return progress.log
 
@@ -885,7 +874,7 @@ def test_equal_rewards_change_nothing():
     assert log["no_signal"] == 1
 
 
-def test_the_entropy_bonus_acts_below_its_floor_only():
+def test_the_entropy_term_acts_below_its_floor_only():
     tower, h_pool, h = random_matcher(B=2)
     picks = [[[0], [1]], [[2], [3]]]
     entropy = reinforce(tower, h_pool, h, lambda b, p: 0.0, picks=picks)[0]["entropy"]
@@ -3192,7 +3181,7 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
         first, again = made(trained()), made(d)
         settings, new = first["results.json"].pop("settings"), again["results.json"].pop("settings")
         assert again == first and all(new[k] == settings[k] for k in settings)
-        untrained = "--steps 0 --shots 1 --candidates 4 --stop_prior"
+        untrained = "--steps 0 --shots 1 --candidates 4 --start"
         for flags, right in (
                 ("--eval_only --n_answers 5", lambda r: (r["n_test"], r["n_answers"]) == (12, 5)),
                 ("--eval_only --n_test 7", lambda r: (r["n_test"], r["n_answers"]) == (7, 7)),
@@ -3201,8 +3190,8 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
                 ("--eval_only --reward rouge:.5,exact:.5", lambda r: "logprob" not in r["metrics"]["knn"]),
                 ("--eval_only --reward exact:.1,logprob:2", lambda r: r["headline"] == "exact"),
                 ("--eval_only --reward prob", lambda r: r["headline"] == "exact"),
-                (f"{untrained} 0", lambda r: r["collapse"]["none"] < 0.5),
-                (f"{untrained} 0.9", lambda r: r["collapse"]["none"] >= 0.5),  # 0.9 for the median question
+                (f"{untrained} knn", lambda r: r["metrics"]["pillow"] == r["metrics"]["knn"]),
+                (f"{untrained} threshold", lambda r: r["metrics"]["pillow"] == r["metrics"]["threshold"]),
                 ("--steps 0 --shots 9 --candidates 0", lambda r: r["shots"] == 9),
                 ("--eval_only", lambda r: r["shots"] == 9)):
             works("train_matcher", *flags.split(), cwd=d)
@@ -3448,7 +3437,7 @@ MISTAKES = {  # {script: "what the message names: flags | ..."}
         not_a_model: --sft not_a_model | wide: --sft wide | no_weights: --sft no_weights
         tokenizer.json: --sft no_tokenizer | seed: --resume --seed 1 | file: --out file --lora out/lora
         --shots: --shots 17 | --rollouts: --rollouts 1 | --candidates: --candidates -1
-        --candidates: --candidates 1 --shots 2 | --stop_prior: --stop_prior 1
+        --candidates: --candidates 1 --shots 2 | --start: --start random
         --resume: --eval_only --resume | --lr: --eval_only --lr 0.1 | --n_val: --eval_only --n_val 5""",
     "sample": """
         another model: --prompt a --model other | another model: --prompt a --model wide

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 import lora
-import matcher
+import matcher as matching
 from data import UserError
 from model import GPT, pad, setup
 
@@ -62,8 +62,8 @@ class Texts:
         """-> ids (B, T), where (N,) flat positions whose next token is an answer's, targets (N,) those
         tokens, lengths (B,).
 
-        An exemplar's answer counts while training: it is an example behind what stands before it, and its
-        tokens have been paid for. Its target ends with the end token, though the text goes on.
+        An exemplar's answer counts while training: it is an example, too, and its forward pass is paid for.
+        Its target ends with the end token, though the text goes on.
         """
         sequences, spots, targets = [], [], []
         between, begin = data.encode(self.enc, data.BETWEEN), len(self.enc.begin_ids)
@@ -82,8 +82,7 @@ class Texts:
 
 
 def draw_batches(n, batch_size, steps, seed):
-    """Rows for every step: each epoch a new permutation, so that no example is seen twice before all were
-    once."""
+    """Rows for every step: each epoch a new permutation, so that none is repeated before all were seen."""
     rng, queue, batches = random.Random(seed), [], []
     for _ in range(steps):
         while len(queue) < batch_size:
@@ -253,7 +252,7 @@ def neighbours(rows, n, shots):
         if grouped or i < n:  # a held-out answer is never trained on, not even in front of another
             members.setdefault(kind, []).append(i)
     texts = [data.query_text(e) for e in rows]
-    bm25 = {kind: matcher.BM25([texts[j] for j in some]) for kind, some in members.items()}
+    bm25 = {kind: matching.BM25([texts[j] for j in some]) for kind, some in members.items()}
 
     @functools.cache
     def near(i):

@@ -86,7 +86,7 @@ def reinforce(task, matcher, optimizer, rng, batch_size, rollouts):
 
     advantage = rl.leave_one_out(rewards)
     log_pi, entropy = matcher.log_prob(h, pool, picks, allowed)  # (B, K)
-    loss = -(advantage * log_pi).mean() + rl.entropy_bonus(entropy)
+    loss = -(advantage * log_pi).mean() + rl.entropy_floor(entropy)
     optimizer.zero_grad()
     loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(matcher.parameters(), 1.0, error_if_nonfinite=True)
@@ -134,6 +134,29 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
             raise UserError(f"stopped after step {step + 1}, which is saved; go on with --resume")
     bar.close()
     interrupt.end()
+
+
+def begin(task, matcher, args):
+    """Where REINFORCE starts: as sharp as the pool asks for, rehearsed if it helps, validated -> Progress."""
+    matcher.standardise(task.h_pool("train"))
+    h, pool = task.h["train"][:256], matcher.encode(task.h_pool("train"))
+    allowed = matching.narrow(matcher.z(h), pool.z, task.allowed("train", range(len(h))), matcher.candidates)
+    if args.start == "threshold":
+        matcher.stop_below(threshold_on_training(task, matcher))
+    matcher.sharpen(h, pool, allowed)
+    held_out, figures = validate(task, matcher)
+    print(f"step    0  held-out {held_out:.3f} (untrained)")
+    if args.rehearsal:
+        before = {name: value.clone() for name, value in matcher.state_dict().items()}
+        rehearse(task, matcher, args.rehearsal, args.seed)
+        rehearsed, new = validate(task, matcher)
+        print(f"step    0  held-out {rehearsed:.3f} (rehearsed)")
+        if rehearsed < held_out:
+            matcher.load_state_dict(before)
+        else:
+            held_out, figures = rehearsed, new
+    row = {"step": 0, "held_out": held_out, "held_out_figures": figures, "calls": len(task.env.asked)}
+    return Progress(best=held_out, log=[row])
 
 
 def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
@@ -278,16 +301,17 @@ def report(r):
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
 
 # what the flags default to without logprob in the reward, and with it
-SHORT = {"steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "stop_prior": 0.0}
-FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8, "stop_prior": None}
+SHORT = {"steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "start": "knn"}
+FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8,
+             "start": "threshold"}
 
 
 def read_flags():
     p, number = data.parser(__doc__), data.number
 
-    def depends(name, kind, text):
+    def depends(name, kind, text, **more):
         text += f"; default: {SHORT[name]}, with the reward logprob {FREE_TEXT[name]}"
-        p.add_argument(f"--{name}", type=kind, help=text)
+        p.add_argument(f"--{name}", type=kind, help=text, **more)
 
     p.add_argument("--pool", help="file of exemplars to choose from; default: those of the data")
     p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
@@ -300,8 +324,8 @@ def read_flags():
     depends("lr", number(float, 0, 1), "Adam's learning rate at the start; it falls to zero")
     depends("eval_every", number(int, 1), "steps between checkpoints")
     depends("candidates", number(int, 0), "choose among the nearest so many exemplars; 0: all")
-    p.add_argument("--stop_prior", type=number(float, 0, 0.99), help="probability of stopping at once before "
-                   "anything is learnt; default: 0, with the reward logprob as the tuned threshold stops")
+    depends("start", str, "the selector that the policy starts as; only from threshold can it learn to stop",
+            choices=["knn", "threshold"])
     p.add_argument("--rehearsal", type=number(int, 0), help="updates before the --steps, on a free reward "
                    "(is the exemplar's answer the reference?); default: 1000 where answers are "
                    "labels and the reward has no logprob, else 0")
@@ -347,9 +371,9 @@ def settle(args, p, made_with, adapter, examples):
 
 def are_labels(questions, pool):
     """Whether nearly every question's answer stands in the pool as another one's."""
-    asked = {(e["output"], data.same_question(e)) for e in pool}
-    times = Counter(answer for answer, _ in asked)
-    known = [times[q["output"]] > ((q["output"], data.same_question(q)) in asked) for q in questions]
+    rows = {(e["output"], data.same_question(e)) for e in pool}
+    times = Counter(answer for answer, _ in rows)
+    known = [times[q["output"]] > ((q["output"], data.same_question(q)) in rows) for q in questions]
     return np.mean(known) > 0.9
 
 
@@ -410,16 +434,16 @@ def load(args, p, ddp):
         args.rehearsal = 1000 if labels and args.steps else 0
     if args.shots > n["train"]:
         raise UserError(f"--shots {args.shots} is more than the pool's {n['train']} exemplars")
-    asked = [q for part in questions.values() for q in part]
+    every = [q for part in questions.values() for q in part]
     lora.load(model, folder)
     lora.merge(model, keep_base=False)  # features and rollouts at the speed of the plain model
     digest = lora.digest(folder)
-    h = matching.cached_features(model, enc, pool + asked, "pool and questions", digest)
+    h = matching.cached_features(model, enc, pool + every, "pool and questions", digest)
     h = dict(zip(["pool", *questions], h.split([len(pool), *map(len, questions.values())])))
     name = f"{model.fingerprint} {digest} {dtype}"
     env = rl.Environment(model, enc, pool, args.max_new_tokens, name, args.memo,
                          cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
-    for question in asked:
+    for question in every:
         env.prompt(question, [], args.max_new_tokens)  # one that is too long is found now
 
     places = ("resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")
@@ -461,31 +485,6 @@ def save_checkpoint(path, task, matcher, optimizer, progress, settings):
     memo = {k: task.env.memo[k] for k in sorted(task.env.asked)}  # what else a --memo knows, it keeps
     data.write_checkpoint(path, tensors, {"progress": vars(progress), "memo": memo, "settings": settings})
     data.write_lines(path.with_name("log_matcher.jsonl"), progress.log)
-
-
-def begin(task, matcher, args):
-    """An untrained matcher, as sharp as the pool makes it, validated -> Progress."""
-    matcher.standardise(task.h_pool("train"))
-    h, pool = task.h["train"][:256], matcher.encode(task.h_pool("train"))
-    allowed = matching.narrow(matcher.z(h), pool.z, task.allowed("train", range(len(h))), matcher.candidates)
-    if args.stop_prior is None:  # the policy starts as the threshold selector
-        matcher.stop_below(threshold_on_training(task, matcher))
-    matcher.sharpen(h, pool, allowed)
-    if args.stop_prior:
-        matcher.set_stop_prior(args.stop_prior, h, pool, allowed)
-    held_out, figures = validate(task, matcher)
-    print(f"step    0  held-out {held_out:.3f} (untrained)")
-    if args.rehearsal:
-        before = {name: value.clone() for name, value in matcher.state_dict().items()}
-        rehearse(task, matcher, args.rehearsal, args.seed)
-        rehearsed, new = validate(task, matcher)
-        print(f"step    0  held-out {rehearsed:.3f} (rehearsed)")
-        if rehearsed < held_out:
-            matcher.load_state_dict(before)
-        else:
-            held_out, figures = rehearsed, new
-    row = {"step": 0, "held_out": held_out, "held_out_figures": figures, "calls": len(task.env.asked)}
-    return Progress(best=held_out, log=[row])
 
 
 def train_and_save(task, args, settings):
