@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
         """(alpha / r) B A: (out, in) float32."""
         return self.scale * (self.lora_B @ self.lora_A)
 
-    def forward(self, x):
+    def forward(self, x):  # (N, in) -> (N, out)
         y = self.base(x)
         if self.original is not None:
             return y

@@ -172,6 +172,14 @@ class Matcher(nn.Module):
         hardly ever tried, and never learnt."""
         self.question_tower[-1].bias[-1] = t
 
+    @torch.no_grad()
+    def set_stop_prior(self, p, h, pool, allowed):
+        """Set the score of *stop* so that the policy, before it learns, stops at once with probability p
+        for the median question."""
+        none = torch.zeros(len(h), 0, dtype=torch.long)
+        others = self.scores(h, pool, none, allowed)[:, :-1].logsumexp(-1)  # (B,)
+        self.stop_below((others.median() + math.log(p / (1 - p))) / self.tau.exp())
+
 
 # ---- which exemplars are allowed --------------------------------------------------------------------------
 

@@ -432,6 +432,16 @@ def test_the_policy_starts_as_sharp_as_asked_whatever_the_pools_size():
             close(torch.special.entr(p).sum(-1).mean(), nats, 0.01)
 
 
+def test_the_stop_prior_is_the_median_questions_chance_of_stopping():
+    tower, h_pool, h = random_matcher(C=8, n=30, B=21)
+    for p, allowed in ((0.2, torch.ones(21, 30, dtype=torch.bool)), (0.05, torch.rand(21, 30) < 0.5)):
+        tower = matcher.Matcher(8, 16)
+        tower.standardise(h_pool)
+        tower.set_stop_prior(p, h, tower.encode(h_pool), allowed)
+        scores = tower.scores(h, tower.encode(h_pool), torch.zeros(21, 0, dtype=torch.long), allowed)
+        close(scores.softmax(-1)[:, -1].median(), p, 1e-5)
+
+
 def test_a_policy_that_stops_below_t_starts_as_the_threshold_selector():
     _, h_pool, h = random_matcher(C=8, n=30, B=40)
     tower, allowed = matcher.Matcher(8, 16), torch.rand(40, 30) < 0.5
@@ -3181,7 +3191,7 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
         first, again = made(trained()), made(d)
         settings, new = first["results.json"].pop("settings"), again["results.json"].pop("settings")
         assert again == first and all(new[k] == settings[k] for k in settings)
-        untrained = "--steps 0 --shots 1 --candidates 4 --start"
+        untrained = "--steps 0 --shots 1 --candidates 4"
         for flags, right in (
                 ("--eval_only --n_answers 5", lambda r: (r["n_test"], r["n_answers"]) == (12, 5)),
                 ("--eval_only --n_test 7", lambda r: (r["n_test"], r["n_answers"]) == (7, 7)),
@@ -3190,8 +3200,9 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
                 ("--eval_only --reward rouge:.5,exact:.5", lambda r: "logprob" not in r["metrics"]["knn"]),
                 ("--eval_only --reward exact:.1,logprob:2", lambda r: r["headline"] == "exact"),
                 ("--eval_only --reward prob", lambda r: r["headline"] == "exact"),
-                (f"{untrained} knn", lambda r: r["metrics"]["pillow"] == r["metrics"]["knn"]),
-                (f"{untrained} threshold", lambda r: r["metrics"]["pillow"] == r["metrics"]["threshold"]),
+                (untrained, lambda r: r["metrics"]["pillow"] == r["metrics"]["threshold"]),
+                (f"{untrained} --stop_prior 0", lambda r: r["metrics"]["pillow"] == r["metrics"]["knn"]),
+                (f"{untrained} --stop_prior 0.9", lambda r: r["collapse"]["none"] >= 0.5),  # of the median
                 ("--steps 0 --shots 9 --candidates 0", lambda r: r["shots"] == 9),
                 ("--eval_only", lambda r: r["shots"] == 9)):
             works("train_matcher", *flags.split(), cwd=d)
@@ -3437,7 +3448,7 @@ MISTAKES = {  # {script: "what the message names: flags | ..."}
         not_a_model: --sft not_a_model | wide: --sft wide | no_weights: --sft no_weights
         tokenizer.json: --sft no_tokenizer | seed: --resume --seed 1 | file: --out file --lora out/lora
         --shots: --shots 17 | --rollouts: --rollouts 1 | --candidates: --candidates -1
-        --candidates: --candidates 1 --shots 2 | --start: --start random
+        --candidates: --candidates 1 --shots 2 | --stop_prior: --stop_prior 1
         --resume: --eval_only --resume | --lr: --eval_only --lr 0.1 | --n_val: --eval_only --n_val 5""",
     "sample": """
         another model: --prompt a --model other | another model: --prompt a --model wide

@@ -141,9 +141,11 @@ def begin(task, matcher, args):
     matcher.standardise(task.h_pool("train"))
     h, pool = task.h["train"][:256], matcher.encode(task.h_pool("train"))
     allowed = matching.narrow(matcher.z(h), pool.z, task.allowed("train", range(len(h))), matcher.candidates)
-    if args.start == "threshold":
+    if args.stop_prior is None:  # start as the threshold selector
         matcher.stop_below(threshold_on_training(task, matcher))
     matcher.sharpen(h, pool, allowed)
+    if args.stop_prior:
+        matcher.set_stop_prior(args.stop_prior, h, pool, allowed)
     held_out, figures = validate(task, matcher)
     print(f"step    0  held-out {held_out:.3f} (untrained)")
     if args.rehearsal:
@@ -301,17 +303,17 @@ def report(r):
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
 
 # what the flags default to without logprob in the reward, and with it
-SHORT = {"steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "start": "knn"}
+SHORT = {"steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "stop_prior": 0.0}
 FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8,
-             "start": "threshold"}
+             "stop_prior": None}
 
 
 def read_flags():
     p, number = data.parser(__doc__), data.number
 
-    def depends(name, kind, text, **more):
+    def depends(name, kind, text):
         text += f"; default: {SHORT[name]}, with the reward logprob {FREE_TEXT[name]}"
-        p.add_argument(f"--{name}", type=kind, help=text, **more)
+        p.add_argument(f"--{name}", type=kind, help=text)
 
     p.add_argument("--pool", help="file of exemplars to choose from; default: those of the data")
     p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
@@ -324,8 +326,9 @@ def read_flags():
     depends("lr", number(float, 0, 1), "Adam's learning rate at the start; it falls to zero")
     depends("eval_every", number(int, 1), "steps between checkpoints")
     depends("candidates", number(int, 0), "choose among the nearest so many exemplars; 0: all")
-    depends("start", str, "the selector that the policy starts as; only from threshold can it learn to stop",
-            choices=["knn", "threshold"])
+    p.add_argument("--stop_prior", type=number(float, 0, 0.99), help="probability of stopping at once before "
+                   "anything is learnt; default: 0, so *stop* is hardly ever tried; with the reward logprob "
+                   "the policy starts as the tuned threshold")
     p.add_argument("--rehearsal", type=number(int, 0), help="updates before the --steps, on a free reward "
                    "(is the exemplar's answer the reference?); default: 1000 where answers are "
                    "labels and the reward has no logprob, else 0")
