@@ -1122,7 +1122,7 @@ def same_settings(now, then, path, free=()):
 
 def peak_memory():
     """Peak memory of this process so far, in MB; None where the platform does not tell."""
-    with contextlib.suppress(OSError):  # Linux: getrusage would count the parent's memory at the fork, too
+    with contextlib.suppress(OSError, TypeError):  # Linux: getrusage would count what stood before the fork
         return round(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
     with contextlib.suppress(ImportError):  # Windows
         import resource
@@ -1164,7 +1164,7 @@ class Processes:
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
             atexit.register(torch.distributed.destroy_process_group)  # or gloo's threads abort
         if self.rank > 0:  # one voice
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
     def first(self, fetch):
         """Rank 0 calls `fetch` (a download into the shared cache) while the others wait."""

@@ -655,7 +655,8 @@ def load(folder, dtype, device):
             raise UserError(f"{path}: {name!r} is of type {tensor.dtype}, which is not supported")
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name!r} holds a value that is not finite: the file is damaged")
-        state[ours] = (tensor.t() if transposed else tensor).to(device, dtype).contiguous()
+        # a copy: a view would keep the file open, and Windows replaces no open file
+        state[ours] = (tensor.t() if transposed else tensor).to(device, dtype, copy=True).contiguous()
     one = state.get("embed.weight", state.get("lm_head.weight"))
     if tied and one is not None:  # as transformers 5: one stands for both, a copy is a tie, others count
         cfg.tied = torch.equal(state.setdefault("embed.weight", one), state.setdefault("lm_head.weight", one))

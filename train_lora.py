@@ -39,7 +39,7 @@ class Texts:
     questions: list  # ids of each question
     answers: list  # ids of each answer, end token last
     n: int  # how many are training examples; the others are held out
-    near: Callable  # near(i): the training examples nearest to i, nearest first
+    near: Callable  # near(i): the examples nearest to i, nearest first
     shares: tuple  # share of examples behind their nearest, behind random ones
     shots: int
     enc: object
@@ -104,7 +104,7 @@ def learning_rate(step, steps, peak, warmup):
 def held_out_loss(model, texts, ddp):
     """Mean loss of an answer token of held-out questions, behind exemplars in the training shares.
 
-    The exemplars' own answers do not count: without groups most are training answers, better memorised the
+    The exemplars' own answers do not count: without groups they are training answers, better memorised the
     longer it goes on."""
     model.eval()
     rows = list(range(texts.n, len(texts.questions)))
@@ -240,11 +240,12 @@ def load_texts(args, n_ctx, enc, parts):
 
 
 def neighbours(rows, n, shots):
-    """-> near(i), row i's nearest training examples by BM25. Of `rows` the first n are for training.
+    """-> near(i), row i's nearest other examples by BM25. Of `rows` the first n are for training.
 
     Where rows name a group, others of the same one: they share the answer's form, which is what an exemplar
-    is for. Groups are split whole, so a held-out one's examples stand behind held-out ones. By words, though
-    the matcher goes by features: the same field's exemplar as often, without reading every example first.
+    is for. Groups are split whole, so a held-out one's examples stand behind held-out ones; without groups
+    all stand behind training examples. By words, though the matcher goes by features: the same field's
+    exemplar as often, without reading every example first.
     """
     grouped, members = all("group" in e for e in rows), {}
     kinds = [(e["group"], i < n) if grouped else None for i, e in enumerate(rows)]
