@@ -656,7 +656,8 @@ def load(folder, dtype, device):
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name!r} holds a value that is not finite: the file is damaged")
         # a copy: a view would keep the file open, and Windows replaces no open file
-        state[ours] = (tensor.t() if transposed else tensor).to(device, dtype, copy=True).contiguous()
+        tensor = tensor.t() if transposed else tensor
+        state[ours] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     one = state.get("embed.weight", state.get("lm_head.weight"))
     if tied and one is not None:  # as transformers 5: one stands for both, a copy is a tie, others count
         cfg.tied = torch.equal(state.setdefault("embed.weight", one), state.setdefault("lm_head.weight", one))

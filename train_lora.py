@@ -252,13 +252,14 @@ def neighbours(rows, n, shots):
     for i, kind in enumerate(kinds):
         if grouped or i < n:  # a held-out answer is never trained on, not even in front of another
             members.setdefault(kind, []).append(i)
-    texts = [data.query_text(e) for e in rows]
-    bm25 = {kind: matching.BM25([texts[j] for j in some]) for kind, some in members.items()}
 
-    @functools.cache
+    @functools.cache  # made when it is asked for: an ordinary LoRA needs none
+    def bm25(kind):
+        return matching.BM25([data.query_text(rows[j]) for j in members[kind]])
+
     def near(i):
         others = members[kinds[i]]
-        [picks] = bm25[kinds[i]].select([texts[i]], [[j != i for j in others]], shots)
+        [picks] = bm25(kinds[i]).select([data.query_text(rows[i])], [[j != i for j in others]], shots)
         return [others[j] for j in picks]
 
     return near
