@@ -111,7 +111,6 @@ Glacier Heron Iris Jade Koi Lotus Magnolia Nectar Opal Papaya Raven Sequoia Topa
 Aspen Birch Cedar Dahlia Echo Fern Ginger Holly Inca Jupiter Kelp Lilac Maple Neptune Onyx Pepper Rosemary
 Saturn Tulip Union Venus Wren Yukon Anchor Badger Canyon Dragon Eagle Flint Gazelle Hornet Island Jaguar Kiwi
 Lobster Mango Nova Otter Panther Quail Ranger Summit Tiger Unicorn Vulcan Walrus Zebra""".split()
-MONTHS = "January February March April May June July August September October November December".split()
 FIRST = "Maria James Aisha Peter Lucia Omar Nina Victor Elena Samuel Priya Daniel Ingrid Marco Leila Hugo"
 LAST = "Lopez Carter Haddad Novak Rossi Farah Berg Stein Petrov Brooks Sharma Weber Olsen Conti Nasser Duval"
 FIRST, LAST = FIRST.split(), LAST.split()
@@ -124,10 +123,10 @@ PLACES = [place.split() for place in PLACES.split(",")]
 # field: (words for it, a maker of random values, the value as a question has it, six ways of writing it)
 _FIELDS = {
     "date": ("date day", lambda r: (r.randint(2001, 2029), r.randint(1, 12), r.randint(10, 28)),
-             "{0}-{1:02}-{2}", ["{2}/{1:02}/{0}", "{3} {2}, {0}", "{2} {3:.3} {0}", "{0}.{1:02}.{2}",
+             "{0}-{1:02}-{2}", ["{2}/{1:02}/{0}", "{0}/{1:02}/{2}", "{2}.{1:02}.{0}", "{0}.{1:02}.{2}",
                                 "{0}{1:02}{2}", "Y{0} M{1:02} D{2}"]),
     "name": ("name person", lambda r: (r.choice(FIRST), r.choice(LAST)), "{0} {1}",
-             ["{1}, {0}", "{0:.1}. {1}", "{0} {1:.1}.", "{1} {0}", "{0}.{1}", "<{0} {1}>"]),
+             ["{1}, {0}", "{1}/{0}", "{0}_{1}", "{1} {0}", "{0}.{1}", "<{0} {1}>"]),
     "price": ("price amount", lambda r: (r.randint(11, 99), r.randint(10, 99)), "{0}.{1} dollars",
               ["${0}.{1}", "{0}.{1} USD", "USD {0}.{1}", "{0},{1} $", "{0} dollars {1}", "$ {0}-{1}"]),
     "list": ("list items", lambda r: tuple(r.sample(THINGS, 3)), "{0}, {1}, {2}",
@@ -157,8 +156,9 @@ def styles(seed=0):
     """Made-up houses that each write dates, names, prices ... in a way of their own.
 
     The instruction names the house, never the rule, so only an exemplar of the same house *and* field shows
-    what to do. Phrasings, two words a field and a topic that means nothing see to it that likeness alone
-    often finds another: what to look at, and what to look past, has to be learnt.
+    what to do: the same parts in another order, with other signs between them. Phrasings, two words a field
+    and a topic that means nothing see to it that likeness alone often finds another exemplar: what to look
+    at, and what to look past, has to be learnt.
     120 houses (the rows' "group") x 8 fields x 3 examples, the first of every field first. Deterministic.
     """
     rng, examples = random.Random(seed), []
@@ -171,8 +171,7 @@ def styles(seed=0):
                 if value in seen:
                     continue
                 ask = rng.choice(_PHRASES).format(f=rng.choice(words.split()), h=house, t=rng.choice(TOPICS))
-                month = MONTHS[value[1] - 1] if field == "date" else ""
-                row = {"instruction": ask, "input": show.format(*value), "output": way.format(*value, month)}
+                row = {"instruction": ask, "input": show.format(*value), "output": way.format(*value)}
                 rounds[len(seen)].append(row | {"group": house, "field": field})
                 seen.add(value)
         examples += [e for once in rounds for e in once]
