@@ -699,17 +699,23 @@ def read_json(path, kind=None):
     return content
 
 
-def read_safetensors(path):
-    """Yield (name, tensor) of a safetensors file, one at a time; UserError when it is missing, damaged, or
-    holds what is not a finite floating-point number."""
+FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+
+def read_safetensors(path, skip=()):
+    """Yield (name, tensor) of a safetensors file, less names that end as in `skip`; UserError when it is
+    missing, damaged, or holds what is no finite number of FLOATS."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as file:
             for name in file.keys():
+                if name.endswith(tuple(skip)):
+                    continue
                 tensor = file.get_tensor(name)
-                if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                    raise UserError(f"{path}: {name!r} holds what is not a finite floating-point number")
+                if tensor.dtype not in FLOATS or not tensor.isfinite().all():
+                    raise UserError(f"{path}: {name!r} ({tensor.dtype}) holds what is no finite number of "
+                                    "float64, float32, float16 or bfloat16")
                 yield name, tensor
     except (SafetensorError, RuntimeError, ValueError, OverflowError) as error:
         what = str(error).splitlines()[0]

@@ -31,11 +31,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import data
-from data import UserError, read_json
+from data import UserError, read_json, read_safetensors
 
 
 @dataclass
@@ -616,21 +615,13 @@ def hf_keys(cfg):
 BUFFERS = ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "position_ids"  # once saved like weights
 
 
-def stored_weights(folder):
-    """Yield (path, name, tensor) of a model folder; as in transformers one file counts more than shards."""
-    paths, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-    if index.exists() and not paths[0].exists():
-        with data.fitting(index):
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            paths = [folder / Path(name).name for name in names]
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as f:
-                for name in f.keys():
-                    if not name.endswith(BUFFERS):
-                        yield path, name, f.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError, ValueError) as e:
-            raise UserError(f"{path}: not a readable safetensors file ({str(e).splitlines()[0]})") from None
+def weight_files(folder):
+    """Where a model folder keeps its weights; as in transformers one file counts more than shards."""
+    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if path.exists() or not index.exists():
+        return [path]
+    with data.fitting(index):
+        return [folder / Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
 
 
 def load(folder, dtype, device):
@@ -644,17 +635,14 @@ def load(folder, dtype, device):
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wanted = {theirs: (ours, transposed) for ours, (theirs, transposed) in keys.items()}
     top = keys["embed.weight"][0].split(".")[0] + "."  # left out where a model was saved without its head
-    for path, name, tensor in stored_weights(folder):
+    stored = ((path, *each) for path in weight_files(folder) for each in read_safetensors(path, BUFFERS))
+    for path, name, tensor in stored:
         ours, transposed = wanted.get(name) or wanted.get(top + name) or (None, False)
         if ours is None:
             raise UserError(f"{path}: the weight {name!r} has no place in a model of this config.json")
         want = shapes[ours][::-1] if transposed else shapes[ours]
         if tensor.shape != want:
             raise UserError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, config.json asks for {want}")
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise UserError(f"{path}: {name!r} is of type {tensor.dtype}, which is not supported")
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name!r} holds a value that is not finite: the file is damaged")
         # a copy: a view would keep the file open, and Windows replaces no open file
         tensor = tensor.t() if transposed else tensor
         state[ours] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
