@@ -194,9 +194,6 @@ SOURCES = {  # name: [(url at a fixed commit, sha256 where it is known)]
 }
 SPELLINGS = ("instruction",), ("input", "context"), ("output", "response")  # Alpaca's spelling, then Dolly's
 HARMLESS = {"group", "field", "category", "text", "id", "source"}  # may stand beside them, in no prompt
-BEGINNINGS = {b"\x1f\x8b": "gzip-compressed", b"PK": "a zip or Excel file", b"BZh": "bzip2-compressed",
-              b"\xfd7zXZ": "xz-compressed", b"\x28\xb5\x2f\xfd": "zstd-compressed", b"PAR1": "Parquet",
-              b"ARROW": "Arrow", b"\xff\xfe": "UTF-16, not UTF-8", b"\xfe\xff": "UTF-16, not UTF-8"}
 
 
 def load_examples(name_or_path, flag="--data"):
@@ -248,17 +245,14 @@ def read_banking77(path):
 
 def read_rows(path):
     """Yield (number, row) of a file of JSON or JSON lines; UserError says what else it is."""
-    expected = "a JSON list or JSON lines in UTF-8 is expected"
     with open(path, "rb") as file:
         head = file.read(4096)
-    for magic, kind in BEGINNINGS.items():
-        if head.startswith(magic):
-            raise UserError(f"{path}: {kind}; {expected}")
     text = head.decode("utf-8-sig", "replace").lstrip()
     if text.startswith("["):
         yield from enumerate(read_json(path, list), 1)
     elif text and not text.startswith("{"):
-        raise UserError(f"{path}: CSV or the like ({text.splitlines()[0][:40]!r}); {expected}")
+        raise UserError(f"{path}: begins with {head[:16]!r}; a JSON list or JSON lines in UTF-8 is expected, "
+                        "not CSV, nor a compressed, Excel or Parquet file")
     else:
         for n, line in read_lines(path):
             yield n, parse_json(line, f"{path}, line {n} (a line holds a whole object)")

@@ -148,7 +148,8 @@ class Environment:
             return []
         references = [data.encode_answer(self.enc, q) for q in questions] if kind == "logprob" else None
         room = [len(r) for r in references] if references else [self.max_new_tokens] * len(questions)
-        first, ids = zip(*map(self.prompt, questions, picks, room))
+        first, ids, dropped = zip(*map(self.prompt, questions, picks, room))
+        self.dropped += sum(dropped)
         behind = {"prefixes": first, "prefix_cache": self.prefix_cache, "batch_size": self.batch_size}
         if kind == "answer":
             answers = self.model.generate(list(ids), self.max_new_tokens, eos_ids=self.enc.end_ids, **behind)
@@ -160,21 +161,20 @@ class Environment:
         return [t / len(r) for t, r in zip(total.tolist(), references)]
 
     def prompt(self, question, picks, new):
-        """exemplars ⊕ question -> (the first exemplar, which is cached, or None; ids of all the rest).
-
-        Exemplars are dropped, last-chosen first, until `new` more tokens fit into the model's context."""
+        """exemplars ⊕ question -> (the first exemplar, which is cached, or None; ids of all the rest; how
+        many exemplars were dropped, last-chosen first, until `new` more tokens fit into the context)."""
         ids = data.encode_query(self.enc, question)
         room = self.model.config.n_ctx - new - len(ids)
         if room < 0:
             start, limit = question["instruction"][:40], self.model.config.n_ctx
             raise data.UserError(f"the question {start!r} takes {len(ids)} tokens; with {new} for the "
                                  f"answer that exceeds the model's context of {limit}")
-        picks = list(picks)
-        while sum(len(self.exemplars[p]) for p in picks) > room:
-            picks.pop()
-            self.dropped += 1
-        rest = data.join(self.enc, [self.exemplars[p] for p in picks] + [ids])
-        return (picks[0], rest[len(self.exemplars[picks[0]]) :]) if picks else (None, rest)
+        fit = list(picks)
+        while sum(len(self.exemplars[p]) for p in fit) > room:
+            fit.pop()
+        first = fit[0] if fit else None
+        rest = data.join(self.enc, [self.exemplars[p] for p in fit] + [ids])
+        return first, rest[len(self.exemplars[first]) :] if fit else rest, len(picks) - len(fit)
 
     def key(self, kind, question, picks):
         limit = str(self.max_new_tokens) if kind == "answer" else ""

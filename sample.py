@@ -98,9 +98,8 @@ def line(exemplar):
 
 def answer(env, question, picks, chances, args):
     """Show the exemplars that fit, then stream the answer."""
-    before = env.dropped
-    first, ids = env.prompt(question, picks, args.max_new_tokens)
-    if left_out := env.dropped - before:
+    first, ids, left_out = env.prompt(question, picks, args.max_new_tokens)
+    if left_out:
         print(f"({left_out} of {len(picks)} left out: no room beside {args.max_new_tokens} new tokens)")
     for n, j in enumerate(picks[: len(picks) - left_out]):
         print(f"  {n + 1}. {line(env.pool[j])}" + (f"  p = {chances[n]:.2f}" if chances else ""))
