@@ -1336,6 +1336,9 @@ def test_training_examples_stand_behind_their_nearest_of_their_own_group():
             row["group"] = name
         near = train_lora.neighbours(rows, 4, 1)
         assert [near(i) for i in range(6)] == wanted
+    dates = [("write", "2021-03", "Y2021"), ("write", "7 pm", "at 7"), ("put", "1999-12", "Y1999")]
+    rows = [dict(zip(("instruction", "input", "output"), row), group="a") for row in dates]
+    assert train_lora.neighbours(rows, 3, 1)(0) == [2]  # of the same form, though it asks in other words
 
 
 def test_spellings_of_a_file_that_mean_the_same_are_read_the_same():

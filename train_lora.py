@@ -17,6 +17,7 @@ front of it.
 import functools
 import math
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -242,24 +243,27 @@ def load_texts(args, n_ctx, enc, parts):
 def neighbours(rows, n, shots):
     """-> near(i), row i's nearest other examples by BM25. Of `rows` the first n are for training.
 
-    Where rows name a group, others of the same one: they share the answer's form, which is what an exemplar
-    is for. Groups are split whole, so a held-out one's examples stand behind held-out ones; without groups
-    all stand behind training examples. By words, though the matcher goes by features: the same field's
-    exemplar as often, without reading every example first.
+    Where rows name a group, others of the same one, alike in question, answer and the shape of numbers (every
+    digit a 0): they share the answer's form, which is what an exemplar is for. Groups are split whole, so a
+    held-out one's examples stand behind held-out ones; without groups all stand behind training examples.
+    By words, though the matcher goes by features: so no example has to be read first.
     """
     grouped, members = all("group" in e for e in rows), {}
     kinds = [(e["group"], i < n) if grouped else None for i, e in enumerate(rows)]
+    texts = [data.query_text(e) for e in rows]
+    if grouped:
+        texts = [re.sub(r"\d", "0", text + e["output"]) for text, e in zip(texts, rows)]
     for i, kind in enumerate(kinds):
         if grouped or i < n:  # a held-out answer is never trained on, not even in front of another
             members.setdefault(kind, []).append(i)
 
     @functools.cache  # made when it is asked for: an ordinary LoRA needs none
     def bm25(kind):
-        return matching.BM25([data.query_text(rows[j]) for j in members[kind]])
+        return matching.BM25([texts[j] for j in members[kind]])
 
     def near(i):
         others = members[kinds[i]]
-        [picks] = bm25(kinds[i]).select([data.query_text(rows[i])], [[j != i for j in others]], shots)
+        [picks] = bm25(kinds[i]).select([texts[i]], [[j != i for j in others]], shots)
         return [others[j] for j in picks]
 
     return near
