@@ -18,7 +18,6 @@ import argparse
 import atexit
 import contextlib
 import csv
-import errno
 import glob
 import hashlib
 import json
@@ -566,7 +565,7 @@ class NotFound(UserError):
 
 
 def run(main):
-    """Call main(); exit with 2 for a UserError or a disk that takes no files, 130 for Ctrl-C."""
+    """Call main(); exit with 2 for a UserError or a file that cannot be read or written, 130 for Ctrl-C."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows console or pipe is often not UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -577,10 +576,8 @@ def run(main):
     except KeyboardInterrupt:
         status, line = 130, "interrupted; every file is whole, and --resume goes on from the last checkpoint"
     except OSError as error:
-        full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS
-        if error.errno not in full:
-            raise
-        status, line = 2, f"error: {error.filename or 'a file'}: {error.strerror}; older files are unharmed"
+        what = error.strerror or error
+        status, line = 2, f"error: {error.filename or 'a file'}: {what}; older files are unharmed"
     # The line may quote a hostile file, whose escape sequences must not reach the terminal.
     print("".join(c if c.isprintable() else " " for c in line[:1000]), file=sys.stderr)
     sys.exit(status)

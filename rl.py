@@ -264,15 +264,11 @@ def bootstrap(difference, groups=None, seed=0, resamples=10_000):
 
 def read_memo(path):
     """The outcomes in a --memo file; a line that an interruption cut short is an outcome to find again."""
-    try:
-        path.touch()  # one that cannot be written is a mistake to find now
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text and not text.endswith("\n"):
-            with open(path, "a", encoding="utf-8") as f:
-                f.write("\n")
-    except OSError as error:
-        raise data.UserError(f"--memo {path}: {error.strerror}") from None
-    memo = {}
+    path.touch()  # one that cannot be written is a mistake to find now
+    text, memo = path.read_text(encoding="utf-8", errors="replace"), {}
+    if text and not text.endswith("\n"):
+        with open(path, "a", encoding="utf-8") as f:
+            f.write("\n")
     for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             key, outcome = json.loads(line)
