@@ -643,12 +643,12 @@ def write_lines(path, rows):
         temp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_lines(path, errors="strict"):
+def read_lines(path):
     """Yield (number, line) of a UTF-8 file (byte-order mark dropped), less blank lines; UserError."""
     try:
         with open(path, "rb") as file:
             for n, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig" if n == 1 else "utf-8", errors)
+                text = line.decode("utf-8-sig" if n == 1 else "utf-8")
                 if text.strip():
                     yield n, text
     except UnicodeDecodeError:
@@ -681,8 +681,6 @@ def parse_json(text, where):
 
 def read_json(path, kind=None):
     """The content of a JSON file, which must be of `kind` (dict, list) where that is given; UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
     content = parse_json("".join(line for _, line in read_lines(path)), path)
     if kind and not isinstance(content, kind):
         wanted = {dict: "an object", list: "a list"}[kind]
@@ -696,8 +694,6 @@ FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 def read_safetensors(path, skip=()):
     """Yield (name, tensor) of a safetensors file, less names that end as in `skip`; UserError when it is
     missing, damaged, or holds what is no finite number of FLOATS."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as file:
             for name in file.keys():
@@ -708,7 +704,7 @@ def read_safetensors(path, skip=()):
                     raise UserError(f"{path}: {name!r} ({tensor.dtype}) holds what is no finite number of "
                                     "float64, float32, float16 or bfloat16")
                 yield name, tensor
-    except (SafetensorError, RuntimeError, ValueError, OverflowError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, OverflowError) as error:
         what = str(error).splitlines()[0]
         raise UserError(f"{path}: not a readable safetensors file ({what})") from None
 
@@ -734,23 +730,18 @@ def read_checkpoint(path):
         return tensors, parse_json((file.metadata() or {}).get("state", "null"), path)
 
 
-def feed(digest, path):
-    """Hash a whole file, in pieces."""
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    return digest
-
-
-def digest_file(*paths):
-    """A short name for the content of a file, or of several together."""
+def sha256_of(path):
+    """The SHA-256 of a file, which is read in pieces."""
     digest = hashlib.sha256()
-    for path in paths:
-        feed(digest, path)
-    return digest.hexdigest()[:16]
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_file(path):
+    """A short name for the content of a file."""
+    return sha256_of(path)[:16]
 
 
 def fingerprint(folder):
@@ -1044,7 +1035,7 @@ def try_download(url, path, sha256, headers):
     got = part.stat().st_size
     if size and got < size:
         raise Broken(f"the connection broke off at {got:,} of {size:,} bytes")
-    if got != (size or got) or sha256 and feed(hashlib.sha256(), part).hexdigest() != sha256:
+    if got != (size or got) or sha256 and sha256_of(part) != sha256:
         part.unlink()
         wrong = "what arrived is not what was announced"
         raise Broken(wrong) if had else UserError(f"{url}: {wrong}; it was thrown away")

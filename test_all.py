@@ -1234,7 +1234,8 @@ def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
         save_file({last: torch.ones(1)}, d / "bad/adapter_model.safetensors")  # a kill between the two files
         assert "not written with these weights" in turned_down(d / "bad")
         (d / "bad" / "adapter_model.safetensors").unlink()
-        assert all("no such file" in turned_down(d / name) for name in ("bad", "nothing"))
+        for name, error in (("bad", OSError), ("nothing", data.UserError)):
+            assert "No such file" in refused(lora.load, tiny(), d / name, error=error)
 
 
 # ---- train_lora.py: what the LoRA learns from -----------------------------------------------------------
