@@ -1124,19 +1124,16 @@ class Interrupt:
 
     def __init__(self):
         self.requested = False
-        with contextlib.suppress(ValueError):  # not in the main thread: nothing to listen to
-            signal.signal(signal.SIGINT, self.request)
+        signal.signal(signal.SIGINT, self.request)
 
     def request(self, *_):
-        if self.requested:
-            raise KeyboardInterrupt
+        self.end()
         self.requested = True
         print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
 
     def end(self):
-        """The loop is over: from here on Ctrl-C stops at once."""
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        """From here on Ctrl-C stops at once."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Processes:
