@@ -54,12 +54,6 @@ class Encoded(NamedTuple):
     z: torch.Tensor  # (n, C) standardised features
 
 
-def mean_and_std(h):
-    """Of each channel of features (N, C). A channel that never varies gets the std 1."""
-    std = h.std(0, correction=0)
-    return h.mean(0), torch.where(std > 1e-6, std, 1.0)
-
-
 class Matcher(nn.Module):
     """The two towers and the policy they make. B questions, K rollouts, m picks, n exemplars, C features.
 
@@ -80,9 +74,10 @@ class Matcher(nn.Module):
         self.register_buffer("std", torch.ones(C))
 
     def standardise(self, h_pool):
-        """Take mean and std from the pool's features (n, C)."""
-        for ours, its in zip((self.mean, self.std), mean_and_std(h_pool)):
-            ours.copy_(its)
+        """Take mean and std from the pool's features (n, C). A channel that never varies gets the std 1."""
+        std = h_pool.std(0, correction=0)
+        self.mean.copy_(h_pool.mean(0))
+        self.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
     def z(self, h):
         return (h - self.mean) / self.std
@@ -236,14 +231,11 @@ def at_once(pool):
 
 
 def select_nearest(z, z_pool, allowed, shots):
-    """Nearest neighbours by cosine of standardised features z (B, C), z_pool (n, C), nearest first.
-
-    allowed (B, n) bool, or None for all."""
+    """Nearest neighbours by cosine of standardised features z (B, C), z_pool (n, C), nearest first."""
     picks, v, step = [], F.normalize(z_pool, dim=-1).t(), at_once(z_pool)
     for s in range(0, len(z), step):
         cosine = F.normalize(z[s : s + step], dim=-1) @ v  # (b, n)
-        if allowed is not None:
-            cosine = cosine.masked_fill(~allowed[s : s + step], float("-inf"))
+        cosine = cosine.masked_fill(~allowed[s : s + step], float("-inf"))
         top = cosine.topk(min(shots, len(z_pool)), -1)
         for near, values in zip(top.indices.tolist(), top.values.tolist()):
             picks.append([j for j, value in zip(near, values) if value > float("-inf")])
