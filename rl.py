@@ -97,10 +97,10 @@ class Environment:
     remembered or not: the honest price of an experiment.
     """
 
-    def __init__(self, model, enc, pool, max_new_tokens, fingerprint="", memo_path=None, batch_size=64,
+    def __init__(self, model, enc, pool, max_new_tokens, fingerprint="", memo_path=None,
                  cache_bytes=1 << 30, block=None, ddp=None):
         self.model, self.enc, self.pool, self.ddp = model, enc, pool, ddp or data.Processes()
-        self.max_new_tokens, self.batch_size, self.fingerprint = max_new_tokens, batch_size, fingerprint
+        self.max_new_tokens, self.fingerprint = max_new_tokens, fingerprint
         self.exemplars = [data.encode_exemplar(enc, e) for e in pool]
         block = block or (16 if len(pool) <= 1000 else 1)  # of a large pool few are picked: one at a time
         self.prefix_cache = PrefixCache(model, self.exemplars, block=block, max_bytes=cache_bytes)
@@ -131,8 +131,8 @@ class Environment:
         new = sorted({k: i for i, k in reversed(list(enumerate(keys))) if k not in self.memo}.values())
         quiet = not (new and progress) or self.ddp.rank > 0
         bar = tqdm(total=len(new), desc=progress, unit="call", leave=False, disable=quiet)
-        for s in range(0, len(new), 4 * self.batch_size):  # an interruption loses at most one chunk
-            chunk = new[s : s + 4 * self.batch_size]
+        for s in range(0, len(new), 256):  # an interruption loses at most one chunk
+            chunk = new[s : s + 256]
             mine = chunk[self.ddp.rank :: self.ddp.world]  # a process asks about its share, all learn all
             found = self.ask(kind, [questions[i] for i in mine], [picks[i] for i in mine])
             for part in self.ddp.gather(dict(zip(mine, found))):
@@ -150,7 +150,7 @@ class Environment:
         room = [len(r) for r in references] if references else [self.max_new_tokens] * len(questions)
         first, ids, dropped = zip(*map(self.prompt, questions, picks, room))
         self.dropped += sum(dropped)
-        behind = {"prefixes": first, "prefix_cache": self.prefix_cache, "batch_size": self.batch_size}
+        behind = {"prefixes": first, "prefix_cache": self.prefix_cache}
         if kind == "answer":
             answers = self.model.generate(list(ids), self.max_new_tokens, eos_ids=self.enc.end_ids, **behind)
             texts = [data.decode(self.enc, a).decode("utf-8", errors="replace") for a in answers]
