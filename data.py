@@ -430,8 +430,6 @@ def load_tokenizer(name_or_dir):
     for file in filter(Path.exists, files):
         config = read_json(file, dict)
         rows, ends = config.get("vocab_size", rows), ends + ids_of(config, file)
-        if type(rows) is not int:
-            raise UserError(f"{file}: vocab_size = {rows!r:.60} is no number of tokens")
     ends = [i for i in dict.fromkeys(ends) if i < rows]  # the model can say no other
     with fitting(folder / "tokenizer.json"):
         enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), ends)
