@@ -1100,7 +1100,7 @@ def same_settings(now, then, path, free=()):
     """A resumed run must be the run that was interrupted. `free` settings may change, and so may those that
     only name places: digests among the settings say what is there."""
     free = {"out", "data", "model", "pool", "lora", "sft", "memo", "resume", *free}
-    for key, value in json.loads(json.dumps(now, default=str)).items():
+    for key, value in now.items():
         if key not in free and then.get(key) != value:
             raise UserError(f"--resume: {path} was made with {key} = {then.get(key)!r}, not {value!r}")
 
