@@ -670,8 +670,7 @@ def parse_json(text, where):
 
     try:
         obj = json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a surrogate pair cannot be encoded
-            json.dumps(obj, ensure_ascii=False).encode()
+        json.dumps(obj, ensure_ascii=False).encode()  # half of a surrogate pair cannot be encoded
         return obj
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: no usable JSON: {error}") from None
