@@ -896,8 +896,6 @@ def resolve_model(name_or_dir, cache="cache"):
     """
     name, folder = str(name_or_dir), Path(cache) / str(name_or_dir).replace("/", "--")
     if name not in SHORT_NAMES and os.path.isdir(name):
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(f"{name}: a folder without config.json is no Hugging Face model")
         return Path(name)
     if name not in SHORT_NAMES and not re.fullmatch(r"\w[\w.-]{,95}/\w[\w.-]{,95}(@[\w.-]{1,95})?", name):
         known = ", ".join(SHORT_NAMES)
