@@ -39,7 +39,7 @@ from data import UserError, read_json, read_safetensors
 
 @dataclass
 class Config:
-    """The shape of a decoder. `from_hf` reads it from a Hugging Face `config.json`."""
+    """The shape of a decoder. `read_config` reads it from a Hugging Face `config.json`."""
 
     family: str = "llama"  # "llama" or "gpt2"
     vocab_size: int = 256  # V
@@ -60,11 +60,6 @@ class Config:
     o_bias: bool = False
     mlp_bias: bool = False
     eos_ids: tuple = ()  # each of them ends an answer
-
-    @classmethod
-    def from_hf(cls, hf, where="config.json"):
-        """`hf`: the parsed config.json. UserError names whatever setting this decoder does not do."""
-        return read_config(cls, hf, where)
 
 
 class RMSNorm(nn.Module):
@@ -533,29 +528,31 @@ class Settings:
                 self.refuse(key, value)
 
 
-def read_config(cls, hf, where):
-    """See Config.from_hf. Defaults are those of transformers."""
+def read_config(hf, where):
+    """A parsed config.json -> Config. UserError names whatever setting this decoder does not do. Defaults are
+    those of transformers."""
     s, eos = Settings(hf, where), data.ids_of(hf, where)
     kind = s.take("model_type", str, among=data.MODEL_TYPES)
     if kind == "gpt2":
         gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
         C, H = s.take("n_embd", int), s.take("n_head", int)
-        cfg = cls("gpt2", s.take("vocab_size", int), s.take("n_layer", int), H, H, C, C // H,
-                  s.take("n_inner", int, 4 * C), s.take("n_positions", int),
-                  s.take("layer_norm_epsilon", float, 1e-5), tied=s.take("tie_word_embeddings", bool, True),
-                  gelu=gelus[s.take("activation_function", str, "gelu_new", among=gelus)],
-                  qkv_bias=True, o_bias=True, mlp_bias=True, eos_ids=eos)
+        cfg = Config("gpt2", s.take("vocab_size", int), s.take("n_layer", int), H, H, C, C // H,
+                     s.take("n_inner", int, 4 * C), s.take("n_positions", int),
+                     s.take("layer_norm_epsilon", float, 1e-5),
+                     tied=s.take("tie_word_embeddings", bool, True),
+                     gelu=gelus[s.take("activation_function", str, "gelu_new", among=gelus)],
+                     qkv_bias=True, o_bias=True, mlp_bias=True, eos_ids=eos)
     else:
         s.take("hidden_act", str, "silu", among=("silu", "swish"))
         C, H = s.take("hidden_size", int), s.take("num_attention_heads", int)
         bias = kind in ("llama", "qwen3") and s.take("attention_bias", bool, False)
-        cfg = cls("llama", s.take("vocab_size", int), s.take("num_hidden_layers", int), H,
-                  s.take("num_key_value_heads", int, H), C,
-                  s.take("head_dim", int, 128 if kind == "qwen3" else C // H),
-                  s.take("intermediate_size", int), s.take("max_position_embeddings", int),
-                  s.take("rms_norm_eps", float, 1e-6), *read_rope(s), qk_norm=kind == "qwen3",
-                  tied=s.take("tie_word_embeddings", bool, False), qkv_bias=bias or kind == "qwen2",
-                  o_bias=bias, mlp_bias=kind == "llama" and s.take("mlp_bias", bool, False), eos_ids=eos)
+        cfg = Config("llama", s.take("vocab_size", int), s.take("num_hidden_layers", int), H,
+                     s.take("num_key_value_heads", int, H), C,
+                     s.take("head_dim", int, 128 if kind == "qwen3" else C // H),
+                     s.take("intermediate_size", int), s.take("max_position_embeddings", int),
+                     s.take("rms_norm_eps", float, 1e-6), *read_rope(s), qk_norm=kind == "qwen3",
+                     tied=s.take("tie_word_embeddings", bool, False), qkv_bias=bias or kind == "qwen2",
+                     o_bias=bias, mlp_bias=kind == "llama" and s.take("mlp_bias", bool, False), eos_ids=eos)
         layers = s.take("layer_types", list, [])
         if any(layer != "full_attention" for layer in layers):
             s.refuse("layer_types", layers)
@@ -626,7 +623,7 @@ def weight_files(folder):
 
 def load(folder, dtype, device):
     """The model in `folder`: see GPT.from_pretrained."""
-    cfg = Config.from_hf(read_json(folder / "config.json", dict), folder / "config.json")
+    cfg = read_config(read_json(folder / "config.json", dict), folder / "config.json")
     more = folder / "generation_config.json"
     if more.exists():  # chat models end their turns with more than one id
         cfg.eos_ids = tuple(dict.fromkeys(cfg.eos_ids + data.ids_of(read_json(more, dict), more)))

@@ -2681,7 +2681,7 @@ def test_settings_that_change_nothing_are_passed_over_as_in_transformers():
             settings = {"sliding_window": None} if kind == "Mistral" else {}
             config = getattr(transformers, kind + "Config")(**settings)
             for written in (config.to_dict(), json.loads(config.to_json_string())):
-                model.Config.from_hf(written)
+                model.read_config(written, "config.json")
     for name, config in PUBLISHED.items():
         with folder() as d:
             hugging_face({k: v for k, v in config.items() if k != "rope_parameters"}, d)
@@ -2722,7 +2722,7 @@ def test_settings_this_decoder_does_not_do_are_refused_by_name():
     sizes = "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"
     cases += [(LLAMA, {k: v}) for k in sizes for v in (0, -1, "32", None, 3.5, [], 10**12)]
     for config, change, *word in cases:
-        message = refused(model.Config.from_hf, config | change, "m/config.json")
+        message = refused(model.read_config, config | change, "m/config.json")
         assert message.startswith("m/config.json: ") and (word or list(change))[-1] in message, message
 
 
