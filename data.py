@@ -400,7 +400,7 @@ def encode_plain(enc, text, piece=100_000):
                 raise
             raise UserError("the tokenizer's split pattern cannot cope with this text") from None
         start = end
-    return [i for i in ids if i < enc.n_vocab_model]
+    return [i for i in ids if i in enc.known]
 
 
 def decode(enc, ids):
@@ -433,8 +433,8 @@ def load_tokenizer(name_or_dir):
     ends = [i for i in dict.fromkeys(ends) if i < rows]  # the model can say no other
     with fitting(folder / "tokenizer.json"):
         enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), ends)
-        if enc.n_vocab_model > rows:
-            raise ValueError(f"it has ids up to {enc.n_vocab_model - 1}, the model's end at {rows - 1}")
+        if max(enc.known) >= rows:
+            raise ValueError(f"it has ids up to {max(enc.known)}, the model's end at {rows - 1}")
     if not enc.end_ids:
         raise UserError(f"{folder}: no token that ends an answer; name its eos_token_id in config.json")
     return enc
@@ -491,8 +491,8 @@ def make_encoding(spec, name, ends=()):
 
     To tiktoken a token's id is its merge's rank, and any pair that spells a token may merge. So ids must
     follow the order of the merges and every token must have a merge: checked here, true of GPT-2, SmolLM2,
-    Llama 3 and Qwen. Ids from enc.n_vocab_model on stand for single bytes that the vocabulary lacks;
-    encode() drops them.
+    Llama 3 and Qwen. Single bytes that the vocabulary lacks get ids that are not in enc.known; encode() drops
+    them.
     """
     model, form = spec["model"], steps(spec.get("normalizer"), "normalizers")
     if model.get("type", "BPE") != "BPE" or form not in ([], [{"type": "NFC"}]):
@@ -520,15 +520,14 @@ def make_encoding(spec, name, ends=()):
     orphans = {i for token, i in ranks.items() if len(token) != 1} - made.keys()
     if orphans and not model.get("ignore_merges"):
         raise ValueError(f"no merge makes token {min(orphans)}")
-    n_vocab = max(ids) + 1
     lacking = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
     if lacking and model.get("unk_token"):
         raise ValueError("unk_token is not supported where single bytes are missing")
-    ranks |= {b: n_vocab + i for i, b in enumerate(lacking)}  # or tiktoken panics when it meets one
+    ranks |= {b: i for i, b in enumerate(lacking, max(ids) + 1)}  # or tiktoken panics when it meets one
 
     enc = tiktoken.Encoding(name, pat_str=split_pattern(spec["pre_tokenizer"]), mergeable_ranks=ranks,
                             special_tokens=added)
-    enc.n_vocab_model, enc.known, enc.normal_form = n_vocab, frozenset(ids), form[0]["type"] if form else None
+    enc.known, enc.normal_form = frozenset(ids), form[0]["type"] if form else None
     enc.end_ids = list(ends) or [added[token] for token in ENDS if token in added]
     enc.end_id = enc.end_ids[0] if enc.end_ids else None
     enc.begin_ids = begin_of_text(spec.get("post_processor"))
