@@ -568,7 +568,7 @@ def run(main):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         return main()
-    except (UserError, FloatingPointError) as error:
+    except UserError as error:
         status, line = 2, f"error: {error}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted; every file is whole, and --resume goes on from the last checkpoint"

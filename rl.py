@@ -157,7 +157,7 @@ class Environment:
             return [[text, len(a) == self.max_new_tokens] for text, a in zip(texts, answers)]
         total = self.model.answer_logprobs(list(ids), references, **behind)
         if not torch.isfinite(total).all():
-            raise FloatingPointError(f"the likelihood of an answer is {total.min().item()}")
+            raise data.UserError(f"the likelihood of an answer is {total.min().item()}")
         return [t / len(r) for t, r in zip(total.tolist(), references)]
 
     def prompt(self, question, picks, new):
