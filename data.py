@@ -34,7 +34,7 @@ import tempfile
 import time
 import unicodedata
 import zipfile
-from collections import Counter
+from collections import ChainMap, Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -997,9 +997,8 @@ def try_download(url, path, sha256, headers):
     # Compressed bytes could not be resumed. On a redirect to another host, requests keeps Authorization back.
     headers = headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
     with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as response:
-        status, promise, last = response.status_code, {}, response.headers
-        for answer in [*response.history, response]:  # the Hub knows more than its store
-            promise = {key.lower(): value for key, value in answer.headers.items()} | promise
+        status, last = response.status_code, response.headers
+        promise = ChainMap(*(r.headers for r in [*response.history, response]))  # the Hub, then its store
         if status in (401, 403):
             raise UserError(f"{url}: refused ({status}): a wrong name, or accept its terms and set HF_TOKEN")
         if status == 404:
