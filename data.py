@@ -36,7 +36,6 @@ import unicodedata
 import zipfile
 from collections import ChainMap, Counter
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import requests
@@ -967,25 +966,25 @@ class Broken(Exception):
     """A download failed in a way that another try can mend."""
 
 
-def download(url, path, sha256=None, headers=None, hint="", tries=5):
+def download(url, path, sha256=None, headers=None, hint=""):
     """Fetch `url` into `path`, whole and checked; return the commit the Hub names, or None.
 
     Bytes gather in `path`.part; a later try or run asks only for what is missing. sha256 is that given,
     else that the Hub announces. UserError: refused, damaged, or (with `hint`) out of reach.
     """
-    for attempt in range(tries):
+    for pause in (0.5, 1, 2, 4, 0):
         try:
             return try_download(url, Path(path), sha256, headers or {})
         except Broken as error:
             trouble = error
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
-            trouble = f"no connection to {urlsplit(url).netloc}, or it broke off"
+            trouble = "no connection, or it broke off"
         except (requests.RequestException, ValueError) as error:
             raise UserError(f"{url}: {error}") from None
         except OSError as error:
             error.filename = error.filename or str(path)
             raise
-        time.sleep(2**attempt / 2 if attempt + 1 < tries else 0)
+        time.sleep(pause)
     raise UserError(f"{url}: {trouble}; run again to go on from there{hint}")
 
 
