@@ -589,11 +589,6 @@ def fitting(where):
         raise UserError(f"{where}: damaged, or made by another program or version ({what})") from None
 
 
-def has(obj, **kinds):
-    """Is `obj` a dict with all these keys, their values of these types?"""
-    return isinstance(obj, dict) and all(type(obj.get(key)) is kind for key, kind in kinds.items())
-
-
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary path beside `path`: it becomes `path` on success and is removed on error.

@@ -216,10 +216,10 @@ def load(model, folder):
     config, path = read_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     if layers(model):
         raise UserError(f"{folder}: the model carries an adapter already; load it into a fresh one")
-    ours = config.get("pillow")
-    if data.has(ours, weights=str) and ours["weights"] != data.digest_file(path):
-        raise UserError(f"{folder}: adapter_config.json was not written with these weights; train it "
-                        "again, or go on with --resume")
+    match config.get("pillow"):
+        case {"weights": weights} if weights != data.digest_file(path):
+            raise UserError(f"{folder}: adapter_config.json was not written with these weights; train it "
+                            "again, or go on with --resume")
     every, targets = linear_layers(model), config["target_modules"]
     if isinstance(targets, str):  # as PEFT: "all-linear", or a regular expression for the whole name
         pattern = ".*" if targets.lower() == "all-linear" else targets

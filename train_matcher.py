@@ -381,10 +381,11 @@ def read_adapter(folder, out):
     """What the adapter in `folder` says of the data, split and model it was trained with."""
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: no adapter there yet; run python train_lora.py --out {out} first")
-    adapter = data.read_json(folder / "adapter_config.json", dict).get("pillow")
-    if not data.has(adapter, data=str, seed=int, max_tokens=int, fingerprint=str, model=str, rows=str):
-        raise UserError(f"{folder}: made by another program; train one with train_lora.py")
-    return adapter
+    match data.read_json(folder / "adapter_config.json", dict).get("pillow"):
+        case {"data": str(), "seed": int(), "max_tokens": int(), "fingerprint": str(), "model": str(),
+              "rows": str()} as adapter:
+            return adapter
+    raise UserError(f"{folder}: made by another program; train one with train_lora.py")
 
 
 def load_sft(folder, model, adapter, dtype, device):
