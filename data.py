@@ -668,12 +668,11 @@ def parse_json(text, where):
         raise UserError(f"{where}: no usable JSON: {error}") from None
 
 
-def read_json(path, kind=None):
+def read_json(path, kind=object):
     """The content of a JSON file, which must be of `kind` (dict, list) where that is given; UserError."""
     content = parse_json("".join(line for _, line in read_lines(path)), path)
-    if kind and not isinstance(content, kind):
-        wanted = {dict: "an object", list: "a list"}[kind]
-        raise UserError(f"{path}: {wanted} is expected, this is a {type(content).__name__}")
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: a {kind.__name__} is expected, this is a {type(content).__name__}")
     return content
 
 
