@@ -239,11 +239,10 @@ def load(model, folder):
         shapes[every[n], "lora_A"] = config["r"], base.in_features
         shapes[every[n], "lora_B"] = base.out_features, config["r"]
     for key in {**shapes, **found}:
-        has, wants = found.get(key), shapes.get(key)
-        if has is None or wants is None or tuple(has.shape) != wants:
-            what = "missing" if has is None else f"of shape {tuple(has.shape)}"
-            place = "no place for it" if wants is None else f"shape {wants}"
-            raise UserError(f"{path}: {'.'.join(key)} is {what}, here is {place}: made for another model")
+        has = tuple(found[key].shape) if key in found else "missing"
+        wants = shapes.get(key, "no place for it")
+        if has != wants:
+            raise UserError(f"{path}: shape of {'.'.join(key)}: {has}, here {wants}: made for another model")
     if not chosen:
         raise UserError(f"{folder / 'adapter_config.json'}: target_modules matches no layer of this model")
     wrap(model, chosen, config["r"], config["lora_alpha"], config["lora_dropout"], config.get("use_rslora"))
