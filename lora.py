@@ -67,11 +67,11 @@ def parameters(model):
 
 
 def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
-    """Freeze `model` and wrap its target layers; returns how many parameters now train.
+    """Freeze `model` and wrap its target layers.
 
     targets: names such as "q_proj,v_proj" (or a list); "all" stands for every linear layer of the blocks, a
     name for every layer whose full name, ours or Hugging Face's, ends in it. rslora: scale by alpha /
-    sqrt(r) (Kalajdzievski 2023). UserError when a name matches no layer or r is no rank.
+    sqrt(r) (Kalajdzievski 2023). UserError when a name matches no layer.
     """
     names = targets.split(",") if isinstance(targets, str) else list(targets)
     found = linear_layers(model)
@@ -82,11 +82,7 @@ def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
     chosen = [n for n in found if any(n in names for names in hits.values())]  # in the model's order
     if layers(model):
         raise UserError("the model carries an adapter already")
-    thinnest = min(model.get_submodule(n).in_features for n in chosen)
-    if not 1 <= r <= thinnest:
-        raise UserError(f"--rank {r}: a rank is between 1 and {thinnest}, the inputs of a layer")
     wrap(model, chosen, r, alpha, dropout, rslora)
-    return sum(p.numel() for p in parameters(model))
 
 
 def wrap(model, names, r, alpha, dropout, rslora):

@@ -1009,8 +1009,8 @@ def logits(m):
 def test_lora_starts_at_the_base_model_and_adds_alpha_over_r_times_b_a():
     for config in BOTH:
         m, base = tiny(config), logits(tiny(config))
-        n = lora.inject(m, 4, 8)
-        assert torch.equal(logits(m), base) and n == sum(p.numel() for p in lora.parameters(m))
+        lora.inject(m, 4, 8)
+        assert torch.equal(logits(m), base)
         assert all(layer.lora_A.std() > 0.01 and not layer.lora_B.any() for layer in lora.layers(m).values())
     x = torch.randn(5, 32)
     for rslora, scale in ((False, 12 / 3), (True, 12 / 3**0.5)):
@@ -1077,7 +1077,6 @@ def test_targets_are_chosen_by_our_names_or_by_hugging_faces():
         assert [name.removeprefix("blocks.") for name in lora.layers(m)] == wanted.split(), targets
     for bad in ("q_proj,nope", "proj", "", "lm_head", "embed"):
         assert "q_proj" in refused(lora.inject, tiny(), 2, 4, bad)
-    assert all("rank" in refused(lora.inject, tiny(), rank, 4) for rank in (0, 33))
 
 
 def both_programs(config, d):

@@ -202,7 +202,7 @@ def read_flags():
     p.add_argument("--lr", type=number(float, 0), help="peak learning rate; default: 2e-3, with --full "
                    "1e-4; above 135 M parameters try a quarter")
     p.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of steps in which it rises")
-    p.add_argument("--rank", type=number(int, 1), default=8, help="r, the adapter's rank")
+    p.add_argument("--rank", type=number(int, 1, 4096), default=8, help="r, the adapter's rank")
     p.add_argument("--alpha", type=number(float, 0), default=16, help="the update is scaled by alpha / r")
     p.add_argument("--targets", default="all", help="layers with an adapter, as q_proj,v_proj")
     p.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0, help="dropout in front of A")
