@@ -344,10 +344,8 @@ def main():
             lora.save(model, folder, data.origin(args.model), settings)
 
     train(run, texts, args, ddp, save_best, lambda: ddp.rank == 0 and save_checkpoint(path, run, settings))
-    where = "" if args.out == p.get_default("out") else f" --out {args.out}"
-    after = f"model in {folder}" if args.full else (
-        f"adapter in {folder}; next: python train_matcher.py{where}")
-    print(f"best held-out loss {run.best:.3f}; {after}")
+    after = "" if args.full else f"; next: python train_matcher.py --out {args.out}"
+    print(f"best held-out loss {run.best:.3f}, in {folder}{after}")
 
 
 if __name__ == "__main__":
