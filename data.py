@@ -20,6 +20,7 @@ import contextlib
 import csv
 import glob
 import hashlib
+import io
 import json
 import math
 import os
@@ -775,12 +776,11 @@ def read_gguf(raw):
     15 and whose high nibbles those of 16 to 31; value = q d + m. Q8_0 keeps 32 in 34: fp16 d and 32 int8 q;
     value = q d.
     """
-    at = 8
+    file = io.BytesIO(raw)
+    file.seek(8)  # past "GGUF" and the version
 
     def take(code):
-        nonlocal at
-        at += struct.calcsize("<" + code)
-        return struct.unpack_from("<" + code, raw, at - struct.calcsize("<" + code))[0]
+        return struct.unpack("<" + code, file.read(struct.calcsize("<" + code)))[0]
 
     def value(kind=8):
         if kind == 9:  # an array
@@ -791,7 +791,7 @@ def read_gguf(raw):
     n_tensors, n_keys = take("Q"), take("Q")
     metadata = {value(): value(take("I")) for _ in range(n_keys)}
     heads = [(value(), [take("Q") for _ in range(take("I"))], take("I"), take("Q")) for _ in range(n_tensors)]
-    start, arrays = -(-at // 32) * 32, {}
+    start, arrays = -(-file.tell() // 32) * 32, {}
     for name, dims, kind, offset in heads:
         n_bytes = math.prod(dims) // BLOCK[kind][0] * BLOCK[kind][1]
         blocks = np.frombuffer(raw, np.uint8, n_bytes, start + offset).reshape(-1, BLOCK[kind][1])
