@@ -138,7 +138,8 @@ class Environment:
             for part in self.ddp.gather(dict(zip(mine, found))):
                 self.memo |= {keys[i]: outcome for i, outcome in part.items()}
             if self.memo_path and self.ddp.rank == 0:
-                write_memo(self.memo_path, {keys[i]: self.memo[keys[i]] for i in chunk})
+                with open(self.memo_path, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps([keys[i], self.memo[keys[i]]]) + "\n" for i in chunk)
             bar.update(len(chunk))
         bar.close()
         return [self.memo[k] for k in keys]
@@ -276,11 +277,6 @@ def read_memo(path):
                 case float() | [str(), bool()]:
                     memo[key] = outcome
     return memo
-
-
-def write_memo(path, outcomes):
-    with open(path, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps([key, outcome]) + "\n" for key, outcome in outcomes.items())
 
 
 def lesson():
