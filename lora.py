@@ -124,9 +124,8 @@ def unmerge(model):
 def linear_layers(model):
     """{our name of every linear layer of the blocks: Hugging Face's}, wrapped or not."""
     keys = hf_keys(model.config)
-    named = {n: m for n, m in model.named_modules() if n.startswith("blocks.") and f"{n}.weight" in keys}
-    return {n: keys[f"{n}.weight"][0].removesuffix(".weight") for n, m in named.items()
-            if isinstance(m, nn.Linear | LoRALinear)}
+    return {n: keys[f"{n}.weight"][0].removesuffix(".weight") for n, m in model.named_modules()
+            if n.startswith("blocks.") and isinstance(m, nn.Linear | LoRALinear) and f"{n}.weight" in keys}
 
 
 def ends_in(target, ours, theirs):
