@@ -143,8 +143,7 @@ def target_names(model):
 
 def save(model, folder, base_model="", extra=None):
     """Write the adapter alone, in PEFT's format. `extra`: our own settings, kept under the key "pillow"
-    with the digest of the weights: two files cannot be renamed at once, and a kill in between must not pair
-    those of two runs."""
+    with the digest of the weights (`matcher.save` says why)."""
     names, tensors = linear_layers(model), {}
     for name, m in layers(model).items():
         for half in ("lora_A", "lora_B"):
