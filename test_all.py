@@ -166,9 +166,8 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_si
          "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
          "tie_word_embeddings": True, "eos_token_id": 0, "bos_token_id": 0}
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": V, "n_embd": 32,
-        "n_head": 4,
-        "n_layer": 2, "n_positions": 512, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
-        "eos_token_id": 0, "bos_token_id": 0}
+        "n_head": 4, "n_layer": 2, "n_positions": 512, "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new", "eos_token_id": 0, "bos_token_id": 0}
 BOTH = LLAMA, GPT2
 
 
@@ -335,16 +334,12 @@ def test_the_policys_log_probability_is_exact_for_every_sequence():
 
 
 def test_greedy_picks_take_the_likeliest_action_at_each_step():
-    for tower, h_pool, h, shots, allowed, episodes in policy_cases():
+    for tower, h_pool, h, shots, allowed, _ in policy_cases():
         prefix, chances = [], []
         while len(prefix) < shots and matcher.STOP not in prefix:  # follow the likeliest branch
-            mass = {}
-            for picks, p, _ in episodes:
-                if picks[: len(prefix)] == prefix:
-                    mass[picks[len(prefix)]] = mass.get(picks[len(prefix)], 0) + p
-            best = max(mass, key=mass.get)
-            chances.append(mass[best] / sum(mass.values()))
-            prefix.append(best)
+            actions = by_hand(tower, h_pool, h[0], prefix, allowed[0].nonzero()[:, 0].tolist())
+            prefix.append(max(actions, key=actions.get))
+            chances.append(actions[prefix[-1]])
         with float64(), torch.no_grad():
             picks, found = tower.play(h, tower.encode(h_pool), allowed, shots)
         assert picks[0].tolist() == prefix + [matcher.STOP] * (shots - len(prefix))
@@ -469,8 +464,9 @@ def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one
             assert torch.equal(*scores)
             config, whole = data.read_json(d / "config.json"), (d / "matcher.safetensors").read_bytes()
             shape = config["matcher"]
-            for bad in ({"shots": 0}, {"matcher": []}, {"matcher": shape | {"hidden": 7}}, {"weights": "0"},
-                        {"matcher": shape | {"C": "4"}}, {"reward": 1}):
+            for bad in ({"shots": 0}, {"shots": -1}, {"seed": "x"}, {"reward": "rouge"}, {"weights": "0"},
+                        {"matcher": []}, {"matcher": {}}, {"matcher": shape | {"hidden": 7}},
+                        {"matcher": shape | {"C": "4"}}):
                 (d / "config.json").write_text(json.dumps(config | bad))
                 refused(matcher.load, d)
             (d / "config.json").write_text(json.dumps(config))
@@ -671,17 +667,6 @@ def test_what_the_lora_is_trained_to_say_earns_the_reward_1_and_nothing_else_doe
             assert rl.exact(said, text) == rl.rouge_l(said, text) == 1, (normalizer, lack, text)
             assert data.canonical(said) == data.canonical(text) == data.canonical(data.canonical(text)), text
     assert len(set(map(data.canonical, texts))) == len(texts)
-
-
-def test_a_config_whose_end_is_no_token_id_is_the_file_that_is_named():
-    for file in ("config.json", "generation_config.json"):
-        for bad in ("</s>", [[0]], True, 2.0, -1):
-            with folder() as d:
-                write_tiny_folder(d)
-                config = data.read_json(d / file, dict) if (d / file).exists() else {}
-                (d / file).write_text(json.dumps(config | {"eos_token_id": bad}))
-                line = refused(data.load_tokenizer, d)
-                assert str(d / file) in line and "eos_token_id" in line, (file, bad, line)
 
 
 def test_rewards_are_named_and_weighted():
@@ -924,12 +909,9 @@ def test_rehearsal_learns_labels_without_asking_the_language_model():
 def test_a_gradient_that_is_not_finite_leaves_the_matcher_as_it_was():
     tower, h_pool, h = random_matcher(B=1)
     before = {k: v.clone() for k, v in tower.state_dict().items()}
-    try:
-        reinforce(tower, h_pool, h, lambda b, p: math.nan, optimizer=torch.optim.SGD(tower.parameters(), 0.1))
-    except RuntimeError as error:
-        assert "non-finite" in str(error)
-    else:
-        raise AssertionError("trained on a reward that is not a number")
+    optimizer = torch.optim.SGD(tower.parameters(), 0.1)
+    assert "non-finite" in refused(reinforce, tower, h_pool, h, lambda b, p: math.nan, optimizer=optimizer,
+                                   error=RuntimeError)
     assert all(torch.equal(v, before[k]) for k, v in tower.state_dict().items())
 
 
@@ -1071,16 +1053,6 @@ def test_targets_are_chosen_by_our_names_or_by_hugging_faces():
         assert "q_proj" in refused(lora.inject, tiny(), 2, 4, bad)
 
 
-def peft_model(config, d, **settings):
-    """A random PEFT adapter, saved in d / "adapter", on a random model: (their model, ours without it)."""
-    _, peft = need("transformers", "peft")
-    theirs = hugging_face(config, d / "model")
-    ours = model.GPT.from_pretrained(d / "model")
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(**{"r": 4, "lora_alpha": 10} | settings))
-    shaken(theirs).save_pretrained(d / "adapter")
-    return theirs.eval(), ours
-
-
 def test_peft_reads_our_adapters():
     _, peft = need("transformers", "peft")
     for config, targets, rslora, how_many in (
@@ -1098,6 +1070,7 @@ def test_peft_reads_our_adapters():
 
 
 def test_we_read_pefts_adapters():
+    _, peft = need("transformers", "peft")
     for config, settings in (
             (LLAMA, {"target_modules": ["q_proj", "v_proj"], "r": 40}),  # more than a layer has inputs
             (LLAMA, {"target_modules": ["self_attn.o_proj", "down_proj"], "use_rslora": True}),
@@ -1109,7 +1082,10 @@ def test_we_read_pefts_adapters():
             (GPT2, {"target_modules": ["attn.c_proj", "c_fc"], "use_rslora": True}),
             (GPT2, {"target_modules": r".*\.h\.0\.mlp\.c_proj"})):
         with folder() as d:
-            theirs, ours = peft_model(config, d, **settings)
+            settings = {"r": 4, "lora_alpha": 10} | settings
+            theirs = peft.get_peft_model(hugging_face(config, d / "model"), peft.LoraConfig(**settings))
+            shaken(theirs).save_pretrained(d / "adapter")
+            theirs, ours = theirs.eval(), model.GPT.from_pretrained(d / "model")
             lora.load(ours, d / "adapter")
             close(logits(ours), logits(theirs), 1e-4)
 
@@ -1153,14 +1129,16 @@ def test_a_saved_adapter_comes_back_to_the_bit():
 def test_settings_that_change_nothing_and_adapter_names_inside_keys_do_no_harm():
     with folder() as d:
         m, config, tensors = saved(d)
-        inside = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
+        inside, mine = ({key.replace(".weight", f".{name}.weight"): t for key, t in tensors.items()}
+                        for name in ("default", "my-adapter"))
         bare = {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
         changes = {"task_type": [None], "inference_mode": [False], "revision": ["v1"], "peft_version": ["9"],
                    "base_model_name_or_path": ["a/b"], "lora_dropout": [0.1], "fan_in_fan_out": [True],
-                   "init_lora_weights": ["gaussian", "eva", False], "loftq_config": [{"bits": 4}],
+                   "init_lora_weights": ["gaussian", "eva", "mica", False], "loftq_config": [{"bits": 4}],
                    "rank_pattern": [{}], "layers_to_transform": [None], "of_a_later_version": [None, False]}
+        changes["target_modules"] = ["All-Linear"]
         files = [({key: value}, tensors) for key in changes for value in changes[key]]
-        for change, some in [*files, ({}, inside), ({}, bare)]:
+        for change, some in [*files, ({}, inside), ({}, mine), ({}, bare)]:
             write(d, config | change, some)
             again = tiny()
             lora.load(again, d)
@@ -1232,7 +1210,7 @@ def batch_by_hand(begin=(), **kwargs):
 
 
 def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
-    ids, where, targets, lengths = batch = batch_by_hand()
+    ids, where, targets, lengths = batch_by_hand()
     assert ids.tolist() == [[5, 6, 7, 8, 2, 2, 4, 3], [5, 6, 7, 8, 0, 0, 0, 0]] and lengths.tolist() == [8, 4]
     assert where.tolist() == [1, 2, 3, 6, 7, 9, 10, 11] and targets.tolist() == [7, 8, 9, 3, 9, 7, 8, 9]
     same, *own, _ = batch_by_hand(exemplars_count=False)
@@ -1240,12 +1218,6 @@ def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
     begun = batch_by_hand(begin=[1])
     assert begun[0].tolist() == [[1, 5, 6, 7, 8, 2, 2, 4, 3], [1, 5, 6, 7, 8, 0, 0, 0, 0]]
     assert begun[1].tolist() == [2, 3, 4, 7, 8, 11, 12, 13] and torch.equal(begun[2], targets)
-    with torch.no_grad():
-        m = tiny()
-        logp = m(ids).double().log_softmax(-1).flatten(0, 1)
-        want = -sum(logp[i, t].item() for i, t in zip(where.tolist(), targets.tolist()))
-        close(m.loss(*batch), want, 1e-4)
-        close(m.loss(ids, where, targets), want, 1e-4)  # padding computed or left out: the same
 
 
 def test_training_text_is_what_the_model_will_be_asked():
@@ -1317,28 +1289,14 @@ def test_training_examples_stand_behind_their_nearest_of_their_own_group():
     assert train_lora.neighbours(rows, 3, 1)(0) == [2]  # of the same form, though it asks in other words
 
 
-def test_spellings_of_a_file_that_mean_the_same_are_read_the_same():
-    with folder() as d:
-        m, config, tensors = saved(d)
-        named = {key.replace(".weight", ".my-adapter.weight"): t for key, t in tensors.items()}
-        for change, some in (({"target_modules": "All-Linear"}, tensors),
-                             ({"init_lora_weights": "mica"}, tensors), ({}, named)):
-            write(d, config | change, some)
-            again = tiny()
-            lora.load(again, d)
-            assert torch.equal(logits(again), logits(m)), change
-
-
-def training_run(held_out=lambda *_: 1.0, requested=lambda: False, steps=4):
+def training_run(held_out=lambda *_: 1.0, requested=lambda: False):
     """train() with a held-out loss and a Ctrl-C of our own: (the steps that were saved, its last words)."""
-    args = types.SimpleNamespace(steps=steps, batch_size=2, seed=0, lr=1e-3, warmup=0.1, eval_every=2,
+    args = types.SimpleNamespace(steps=4, batch_size=2, seed=0, lr=1e-3, warmup=0.1, eval_every=2,
                                  full=False, rank=2, alpha=4, targets="all", dropout=0.0)
     run, saved_at, ends = train_lora.prepare(tiny(), args), [], ""
     some = texts(ragged(5, 6, 7, 8), ragged(3, 2, 4, 3), n=3)
-    looked_at = {"requested": property(lambda self: requested()), "end": lambda self: None}
-    interrupt = type("Interrupt", (), looked_at)
-    with unittest.mock.patch.multiple(data, Interrupt=interrupt), \
-            patched(train_lora, "held_out_loss", held_out):
+    with patched(data, "Interrupt") as interrupt, patched(train_lora, "held_out_loss", held_out):
+        type(interrupt.return_value).requested = unittest.mock.PropertyMock(side_effect=requested)
         try:
             train_lora.train(run, some, args, data.Processes(), lambda: None,
                              lambda: saved_at.append(run.step))
@@ -1588,6 +1546,16 @@ def test_an_answer_ends_as_both_configs_say():
         assert "eos_token_id" in refused(data.load_tokenizer, d)
 
 
+def test_a_config_whose_end_is_no_token_id_is_the_file_that_is_named():
+    bad = [{"eos_token_id": end} for end in ("</s>", [[0]], True, 2.0, -1)]
+    for file, changes in (("config.json", [*bad, {"vocab_size": "x"}]), ("generation_config.json", bad)):
+        for change in changes:
+            with folder() as d:
+                data.write_json(write_tiny_folder(d) / file, LLAMA | change)
+                line = refused(data.load_tokenizer, d)
+                assert str(d / file) in line and all(key in line for key in change), (file, change, line)
+
+
 def test_tokenizers_that_would_differ_are_refused_by_name():
     vocab, plain = vocabulary(), tokenizer()
     pre = {"Metaspace": {"type": "Metaspace"}, "pre_tokenizer": None, "loses text": split_by(r"\s"),
@@ -1633,45 +1601,23 @@ def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new
 
     disk, hostile = OSError(errno.ENOSPC, "No space left"), data.UserError("a\x1b[2Jb\nc" + "d" * 10_000)
     words_of_safetensors = RuntimeError("I/O error: No space left on device (os error 28)")
+    denied = PermissionError(errno.EACCES, "Permission denied", "out/lora")
     with folder() as d:
-        dead, alive = d / f".a.json.{2**22 + 1}.tmp", d / f".a.json.{os.getppid()}.tmp"
-        for temp in (dead, alive):  # a killed process leaves one
-            temp.write_text("half")
+        dead, alive, other = f".a.json.{2**22 + 1}.tmp", f".a.json.{os.getppid()}.tmp", ".b.json.1.tmp"
+        for temp in (dead, alive, other):  # a killed process leaves one
+            (d / temp).write_text("half")
         data.write_json(d / "a.json", {"old": 1})
         for error, want, words in (
                 (disk, 2, "a.json: No space"), (words_of_safetensors, 2, "a.json: No space"),
-                (hostile, 2, "a [2Jb c"), (KeyboardInterrupt(), 130, "interrupted")):
+                (denied, 2, "out/lora: Permission denied"), (hostile, 2, "a [2Jb c"),
+                (KeyboardInterrupt(), 130, "interrupted")):
             status, line = exit_of(functools.partial(main, d / "a.json", error))
             assert status == want and words in line and line.count("\n") == 1 and len(line) < 1100
         assert refused(data.write_json, d / "a.json", math.nan, error=ValueError)
-        assert data.read_json(d / "a.json") == {"old": 1} and {*os.listdir(d)} == {"a.json", alive.name}
+        left = {"a.json", alive, other} if os.name == "posix" else {"a.json", alive, other, dead}
+        assert data.read_json(d / "a.json") == {"old": 1} and {*os.listdir(d)} == left
     status, line = exit_of(failing(OSError(errno.EIO, "broken", "disk")))
     assert status == 2 and "disk: broken" in line
-
-
-def test_a_full_or_read_only_disk_is_one_line_that_names_the_file():
-    safetensors_says = RuntimeError("I/O error: No space left on device (os error 28)")
-    for error in (OSError(errno.ENOSPC, "No space left on device"), safetensors_says):
-        with folder() as d:
-
-            def main(d=d, error=error):
-                with data.atomic_write(d / "big.bin"):
-                    raise error
-
-            status, line = exit_of(main)
-            assert status == 2 and "big.bin" in line and "No space left" in line and not os.listdir(d)
-    status, line = exit_of(failing(PermissionError(errno.EACCES, "Permission denied", "out/lora")))
-    assert status == 2 and "out/lora" in line
-
-
-def test_what_a_killed_process_left_is_cleared_away():
-    with folder() as d:
-        dead, alive = d / f".a.json.{2**22 + 1}.tmp", d / f".a.json.{os.getppid()}.tmp"
-        for temp in (dead, alive, d / ".b.json.1.tmp"):
-            temp.write_text("half")
-        data.write_json(d / "a.json", {})
-        left = [alive.name, ".b.json.1.tmp", "a.json"] + [dead.name] * (os.name != "posix")
-        assert sorted(os.listdir(d)) == sorted(left)
 
 
 def test_json_is_strict_and_a_mistake_is_one_line_that_names_the_file():
@@ -2478,10 +2424,7 @@ def test_packed_weights_change_no_answer():
                 module.packing = packing
             ask(m, found)
             lora.inject(m, 4, 64)
-            for i, layer in enumerate(lora.layers(m).values()):
-                rng = torch.Generator().manual_seed(i)
-                torch.nn.init.normal_(layer.lora_B, generator=rng)
-                torch.nn.init.normal_(layer.lora_A, std=0.1, generator=rng)
+            shaken(m)
             for change in (lambda m: None, lora.merge, lora.unmerge, lora.merge, lora.unmerge):
                 change(m)
                 ask(m, found)
@@ -2512,13 +2455,9 @@ def rewrite(d, **changes):
     (d / "config.json").write_text(json.dumps(json.loads((d / "config.json").read_text()) | changes))
 
 
-HEADS = {"llama": ("model.embed_tokens.weight", LLAMA), "gpt2": ("transformer.wte.weight", GPT2),
-         "qwen2": ("model.embed_tokens.weight", LLAMA | {"model_type": "qwen2"})}
-
-
 def test_the_heads_that_count_are_those_that_count_in_transformers():
     """A tied config beside a head of its own, a copy, only one of the two names; an untied one."""
-    for embed, config in HEADS.values():
+    for config, embed in zip(BOTH, ("model.embed_tokens.weight", "transformer.wte.weight")):
         for what in ("another head", "a copy", "only the embedding", "only the head", "a copy but untied"):
             with folder() as d:
                 hugging_face(config, d)
@@ -2768,9 +2707,9 @@ def notes(n, start=0):
             for i, (way, answer) in zip(range(start, start + n), itertools.cycle(ways.items()))]
 
 
-def workshop(d, **changes):
+def workshop(d):
     """What a user has at hand: a model folder and a file of 60 examples."""
-    write_tiny_folder(d / "tiny", LLAMA | changes)
+    write_tiny_folder(d / "tiny")
     write_jsonl(d / "my.jsonl", notes(60))
     return d
 
@@ -3210,29 +3149,15 @@ def test_a_run_goes_on_from_wherever_its_files_are_called():
 
 def test_an_answer_ends_where_either_config_says():
     """With a head of zeros, greedy decoding always says token 0."""
-    for names, eos, more in ((["<|eot_id|>", "<|end_of_text|>"], 0, None), (["<eos>", "<pad>"], 0, None),
-                             (["<|eom_id|>", "<|eot_id|>"], 1, [1, 0]), (["[EOS]", "<|im_end|>"], [0], None)):
-        with folder() as d:
-            workshop(d, tie_word_embeddings=False, eos_token_id=eos, bos_token_id=None)
-            text = json.dumps(tokenizer()).replace("<|endoftext|>", names[0]).replace("<|im_end|>", names[1])
-            (d / "tiny/tokenizer.json").write_text(text)
-            weights = dict(data.read_safetensors(d / "tiny/model.safetensors"))
-            save_file(weights | {"lm_head.weight": torch.zeros(V, 32)}, d / "tiny/model.safetensors")
-            if more:
-                (d / "tiny/generation_config.json").write_text(json.dumps({"eos_token_id": more}))
-            works("train_lora", "--steps", 1, "--lr", 0, cwd=d)
-            works("train_matcher", "--steps", 0, cwd=d)
-            assert results(d)["cut_answers"] == 0, names
-            assert works("sample", "--prompt", "hello", cwd=d).splitlines()[-1] == "> ", names
-
-
-def test_fields_that_are_left_out_of_the_question_are_named_with_a_count():
-    more = {"system": "Answer as a pirate.", "history": [["How many are two and two?", "four"]]}
     with folder() as d:
-        rows = [e | (more if i % 2 else {}) for i, e in enumerate(notes(60))]
-        write_jsonl(workshop(d) / "my.jsonl", rows)
-        told = [line for line in "".join(script("train_lora", cwd=d)[1:]).splitlines() if "history" in line]
-        assert len(told) == 1 and "system" in told[0] and "30" in told[0], told
+        config = LLAMA | {"tie_word_embeddings": False, "eos_token_id": 1}
+        weights = random_weights(config) | {"lm_head.weight": torch.zeros(V, 32)}
+        write_tiny_folder(workshop(d) / "tiny", config, weights=weights)
+        data.write_json(d / "tiny/generation_config.json", {"eos_token_id": [1, 0]})
+        works("train_lora", "--steps", 1, "--lr", 0, cwd=d)
+        works("train_matcher", "--steps", 0, cwd=d)
+        assert results(d)["cut_answers"] == 0
+        assert works("sample", "--prompt", "hello", cwd=d).splitlines()[-1] == "> "
 
 
 # ---- sample.py -----------------------------------------------------------------------------------------
@@ -3467,23 +3392,20 @@ def test_files_that_do_not_belong_together_are_refused():
 
 
 def test_damaged_results_are_refused_in_one_line():
-    """Whatever lies in out/ may have been cut short or edited."""
-    settings = data.read_json(trained() / "out/matcher/config.json")
-    edited = [json.dumps(settings | {k: v}).encode() for k, v in (
-        ("shots", -1), ("shots", 0), ("seed", "x"), ("reward", "rouge"), ("matcher", {}))]
-    for name, flag, file, more in (
-            ("train_matcher", "", "lora/adapter_model.safetensors", []),
-            ("train_matcher", "", "lora/adapter_config.json", []),
-            ("train_lora", "--resume", "last_lora.safetensors", []),
-            ("train_matcher", "--resume", "last_matcher.safetensors", []),
-            ("train_matcher", "--eval_only", "matcher/config.json", edited),
-            ("sample", "--prompt=a", "matcher/matcher.safetensors", []),
-            ("sample", "--prompt=a", "matcher/config.json", edited),
-            ("sample", "--prompt=a", "matcher/pool.json", [])):
+    """Whatever lies in out/ may have been cut short or be another file."""
+    for name, flag, file in (
+            ("train_matcher", "", "lora/adapter_model.safetensors"),
+            ("train_matcher", "", "lora/adapter_config.json"),
+            ("train_lora", "--resume", "last_lora.safetensors"),
+            ("train_matcher", "--resume", "last_matcher.safetensors"),
+            ("train_matcher", "--eval_only", "matcher/config.json"),
+            ("sample", "--prompt=a", "matcher/matcher.safetensors"),
+            ("sample", "--prompt=a", "matcher/config.json"),
+            ("sample", "--prompt=a", "matcher/pool.json")):
         with copy_of_trained() as d:
             path = d / "out" / file
             whole = path.read_bytes()
-            for damaged in (b"", whole[: len(whole) // 2], b"[]", b"{}", b"5", *more):
+            for damaged in (b"", whole[: len(whole) // 2], b"[]", b"{}", b"5"):
                 path.write_bytes(damaged)
                 line = complaint(name, *flag.split(), cwd=d)
                 assert path.name in line or "out/" in line or "adapter" in line, line
