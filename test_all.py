@@ -135,16 +135,14 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
 
 
-def byte_letters():
-    """GPT-2's spelling of each byte as a visible letter: {byte: letter}."""
+def vocabulary(lack=()):
+    """{token: id}: two special tokens, the single bytes but those in `lack`, and MERGES.
+
+    GPT-2 spells a byte as a letter: itself where that is visible, else one from chr(256) on."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
-    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-def vocabulary(lack=()):
-    """{token: id}: two special tokens, the single bytes but those in `lack`, and MERGES."""
-    letters = [letter for b, letter in byte_letters().items() if b not in lack]
+    letters = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+    letters = [letter for b, letter in letters.items() if b not in lack]
     tokens = ["<|endoftext|>", "<|im_end|>", *letters, *(merge.replace(" ", "") for merge in MERGES)]
     return {token: i for i, token in enumerate(tokens)}
 
@@ -2644,11 +2642,6 @@ def flags_of(name, flags):
     return [*FLAGS[" ".join(kind)].split(), *map(str, flags)]
 
 
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def lines_of(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
@@ -2664,7 +2657,7 @@ def notes(n, start=0):
 def workshop(d):
     """What a user has at hand: a model folder and a file of 60 examples."""
     write_tiny_folder(d / "tiny")
-    write_jsonl(d / "my.jsonl", notes(60))
+    data.write_lines(d / "my.jsonl", notes(60))
     return d
 
 
@@ -2933,7 +2926,7 @@ def test_a_large_pool_is_embedded_once_however_often_that_is_killed():
 
     with copy_of_trained("results.json") as d, patched(model.GPT, "features", counted):
         rows = [{"instruction": f"Write number {i} in {ways[i % 3]}.", "output": f"{i}"} for i in range(n)]
-        write_jsonl(d / "large.jsonl", rows)
+        data.write_lines(d / "large.jsonl", rows)
         shutil.rmtree(d / "cache")
         kill(d, "sample", *ask)
         left = n - sum(len(data.read_checkpoint(p)[1]) for p in d.glob("cache/features/*/*.safetensors"))
@@ -3005,7 +2998,7 @@ def test_a_pool_of_ones_own_is_used_and_a_question_never_meets_its_own_answer():
     with copy_of_trained(*MATCHER) as d:
         test = data.split(data.load_examples(d / "my.jsonl"), 0)["test"]
         own = [e | {"output": "SECRET " + e["output"]} for e in test[:4]] + notes(4, 200) * 2
-        write_jsonl(d / "own.jsonl", own)
+        data.write_lines(d / "own.jsonl", own)
         seen, outcomes = [], rl.Environment.outcomes
 
         def recorded(env, kind, questions, picks, *more):
@@ -3056,7 +3049,7 @@ def test_labels_are_rehearsed_and_what_makes_it_worse_is_not_kept():
     assert not train_matcher.are_labels(own, own)  # each one's answer is its own copy's only
     worse, flags = (lambda task, matcher, *_: matcher.tau.data.fill_(9.0)), ("--steps", 0, "--rehearsal", 3)
     with folder() as d:
-        write_jsonl(workshop(d) / "my.jsonl", rows)
+        data.write_lines(workshop(d) / "my.jsonl", rows)
         works("train_lora", "--lr", 0, cwd=d)
         assert "(rehearsed)" in works("train_matcher", "--reward", "prob", *flags, cwd=d)
         assert results(d)["settings"]["rehearsal"] == 3 and results(d)["llm_calls"] > 0
@@ -3143,7 +3136,7 @@ def test_sample_chooses_as_training_did_and_answers_as_the_lora_model_does():
 
 def test_explain_shows_probabilities_that_add_up_and_ranks_of_the_similarities():
     with copy_of_trained() as d:
-        write_jsonl(d / "own.jsonl", notes(4, 100))
+        data.write_lines(d / "own.jsonl", notes(4, 100))
         ask, row = ["--prompt", "Say hello.", "--explain"], r"^ +(\d\.\d+) +(-?\d\.\d+) +(\d+)  (.*)$"
         out = works("sample", *ask, "--pool", "own.jsonl", cwd=d)
         assert len(re.findall(row, works("sample", *ask, cwd=d), re.M)) == 5
@@ -3174,13 +3167,9 @@ def test_sampling_is_repeatable_by_its_seed():
 
 
 def test_a_conversation_goes_on_after_a_bad_question_and_ends_with_ctrl_c_or_ctrl_d():
-    class Keyboard(io.StringIO):
-        def readline(self, *args):
-            if line := super().readline(*args):
-                return line
-            raise KeyboardInterrupt
-
-    stdin = Keyboard("first question\n" + "x" * 600 + "\n\n   \nabout this ||| an input\n")
+    stdin = io.StringIO()
+    stdin.readline = unittest.mock.Mock(side_effect=[
+        "first question\n", "x" * 600 + "\n", "\n", "   \n", "about this ||| an input\n", KeyboardInterrupt])
     status, out, err = script("sample", "--select", "knn", cwd=trained(), stdin=stdin)
     assert status == 0 and out.count("[knn]") == 2 and err.count("error:") == 1 and "context" in err
     if os.name != "posix":
@@ -3200,7 +3189,7 @@ def test_exemplars_that_do_not_fit_are_left_out():
 
 def test_nothing_typed_or_stored_reaches_the_terminal_as_a_command_or_the_model_as_a_heading():
     with copy_of_trained() as d:
-        write_jsonl(d / "own.jsonl", [e | {"output": "\x1b[2J\x07\u202e"} for e in notes(3)])
+        data.write_lines(d / "own.jsonl", [e | {"output": "\x1b[2J\x07\u202e"} for e in notes(3)])
         out = works("sample", "--prompt", "clear \x1b[2J", "--pool", "own.jsonl", "--select", "bm25", cwd=d)
         assert "\\x1b[2J\\x07\\u202e" in out and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out)
     for text, quoted in (("hello\n### Response:\nyes", True), ("### Response: yes", True), ("a # b", False)):
@@ -3290,7 +3279,7 @@ def test_mistakes_in_flags_and_files_are_turned_down():
             (write_tiny_folder(d / lacks) / file).unlink()
         for name, rows in (("few", notes(5)), ("two", notes(2)), ("empty", []),
                            ("long", [*notes(2), {"instruction": "long " * 200, "output": "x"}])):
-            write_jsonl(d / f"{name}.jsonl", rows)
+            data.write_lines(d / f"{name}.jsonl", rows)
         (d / "bad.jsonl").write_text((d / "two.jsonl").read_text() + "{oops\n")
         (d / "file").write_text("not a folder")
         for name, cases in MISTAKES.items():
@@ -3310,14 +3299,14 @@ def test_files_that_do_not_belong_together_are_refused():
     the matcher another's; a pool may change under its name."""
     with copy_of_trained() as d:
         whole = shutil.copytree(d / "out", d / "whole")
-        write_jsonl(d / "mine.jsonl", notes(9, start=70))
+        data.write_lines(d / "mine.jsonl", notes(9, start=70))
         works("train_matcher", "--pool", "mine.jsonl", cwd=d)
-        write_jsonl(d / "mine.jsonl", notes(9, start=80))
+        data.write_lines(d / "mine.jsonl", notes(9, start=80))
         assert "pool_rows" in complaint("train_matcher", "--pool", "mine.jsonl", "--resume", cwd=d)
         shutil.copytree(whole, d / "out", dirs_exist_ok=True)
-        write_jsonl(d / "my.jsonl", notes(61))
+        data.write_lines(d / "my.jsonl", notes(61))
         assert "no longer the rows" in complaint("train_matcher", cwd=d)
-        write_jsonl(d / "my.jsonl", notes(60))
+        data.write_lines(d / "my.jsonl", notes(60))
         works("train_lora", "--alpha", 3, cwd=d)
         assert "train_matcher.py" in complaint("sample", "--prompt", "a", cwd=d)
         assert "another model or adapter" in complaint("train_matcher", "--eval_only", cwd=d)
