@@ -2386,11 +2386,6 @@ def test_packed_weights_change_no_answer():
 # ---- model.py: which weights, which settings -------------------------------------------------------
 
 
-def rewrite(d, **changes):
-    """Change settings of the config.json in d."""
-    (d / "config.json").write_text(json.dumps(json.loads((d / "config.json").read_text()) | changes))
-
-
 def test_the_heads_that_count_are_those_that_count_in_transformers():
     """A tied config beside a head of its own, a copy, only one of the two names; an untied one."""
     for config, embed in zip(BOTH, ("model.embed_tokens.weight", "transformer.wte.weight")):
@@ -2402,7 +2397,8 @@ def test_the_heads_that_count_are_those_that_count_in_transformers():
                 w["lm_head.weight"] = w[embed] + (other if what == "another head" else 0)
                 w.pop({"only the head": embed, "only the embedding": "lm_head.weight"}.get(what), None)
                 save_file(w, d / "model.safetensors", {"format": "pt"})
-                rewrite(d, tie_word_embeddings="untied" not in what)
+                tied = {"tie_word_embeddings": "untied" not in what}
+                data.write_json(d / "config.json", data.read_json(d / "config.json") | tied)
                 off, ours = differ(d)
                 assert off < 1e-4 and ours.config.tied == (what not in ("another head", "a copy but untied"))
                 ours.save_pretrained(d / "again", d)
@@ -2556,15 +2552,14 @@ def test_end_tokens_are_those_of_both_configs_unless_given():
         prompt = ragged(20)
         free = model.GPT.from_pretrained(write_tiny_folder(d)).generate(prompt, 30, eos_ids=())[0]
         first, second = free[10], free[20]
-        (d / "generation_config.json").write_text(json.dumps({"eos_token_id": [second]}))  # of chat models
-        rewrite(d, eos_token_id=first)
-        m = model.GPT.from_pretrained(d)
-        assert m.config.eos_ids == (first, second)
-        assert m.generate(prompt, 30) == [free[:min(free.index(first), free.index(second))]]
+        data.write_json(d / "generation_config.json", {"eos_token_id": [second]})  # of chat models
+        for eos, ends in ((first, (first, second)), (None, (second,))):
+            data.write_json(d / "config.json", LLAMA | {"eos_token_id": eos})
+            m = model.GPT.from_pretrained(d)
+            assert m.config.eos_ids == ends
+            assert m.generate(prompt, 30) == [free[:min(map(free.index, ends))]]
         assert m.generate(prompt, 30, eos_ids=()) == [free]
         assert m.generate(prompt, 30, eos_ids=[free[3]]) == [free[:free.index(free[3])]]
-        rewrite(d, eos_token_id=None)
-        assert model.GPT.from_pretrained(d).config.eos_ids == (second,)
 
 
 @torch.no_grad()
