@@ -1504,12 +1504,12 @@ def test_an_answer_ends_as_both_configs_say():
 
 def test_a_config_whose_end_is_no_token_id_is_the_file_that_is_named():
     bad = [{"eos_token_id": end} for end in ("</s>", [[0]], True, 2.0, -1)]
-    for file, changes in (("config.json", [*bad, {"vocab_size": "x"}]), ("generation_config.json", bad)):
-        for change in changes:
+    for file in ("config.json", "generation_config.json"):
+        for change in bad:
             with folder() as d:
                 data.write_json(write_tiny_folder(d) / file, LLAMA | change)
                 line = refused(data.load_tokenizer, d)
-                assert str(d / file) in line and all(key in line for key in change), (file, change, line)
+                assert str(d / file) in line and "eos_token_id" in line, (file, change, line)
 
 
 def test_tokenizers_that_would_differ_are_refused_by_name():
