@@ -7,11 +7,10 @@ Fine-tune a language model with LoRA, on examples that have other examples in fr
     python train_lora.py --full --share_nearest 0 --share_random 0    # full fine-tuning, to compare with
     torchrun --nproc_per_node=2 train_lora.py          # data-parallel, the same losses
 
-An ordinary LoRA never sees an exemplar, and then one in front of the question hurts a small model as often as
-it helps. So some training examples get one: the nearest other training example (of the same group, where rows
-name one), or a random one (which teaches when *not* to copy), or none. --share_nearest 0 --share_random 0 is
-plain LoRA. The loss is on answers and their end tokens only: the question's, and those of the exemplars in
-front of it.
+An ordinary LoRA never sees an exemplar, and then one in front of the question does no good, or harm. So some
+training examples get one: the nearest other training example (of the same group, where rows name one), or a
+random one (which teaches when *not* to copy), or none. --share_nearest 0 --share_random 0 is plain LoRA. The
+loss is on answers and their end tokens only: the question's, and those of the exemplars in front of it.
 """
 
 import functools
