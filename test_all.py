@@ -1243,6 +1243,10 @@ def test_training_examples_stand_behind_their_nearest_of_their_own_group():
     dates = [("write", "2021-03", "Y2021"), ("write", "7 pm", "at 7"), ("put", "1999-12", "Y1999")]
     rows = [dict(zip(("instruction", "input", "output"), row), group="a") for row in dates]
     assert train_lora.neighbours(rows, 3, 1)(0) == [2]  # of the same form, though it asks in other words
+    asked = "card lost, card late, card new, lost, c, d, e".split(", ")
+    rows = [{"instruction": text, "input": "", "output": label} for text, label in zip(asked, "abbcccc")]
+    assert train_lora.neighbours(rows, 7, 1)(1) == [2]  # of labels the same one, else of two alike the first
+    assert train_lora.neighbours(rows[:4], 4, 1)(1) == [0]
 
 
 def training_run(held_out=lambda *_: 1.0, requested=lambda: False):

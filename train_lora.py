@@ -242,15 +242,16 @@ def load_texts(args, n_ctx, enc, parts):
 def neighbours(rows, n, shots):
     """-> near(i), row i's nearest other examples by BM25. Of `rows` the first n are for training.
 
-    Where rows name a group, others of the same one, alike in question, answer and the shape of numbers (every
-    digit a 0): they share the answer's form, which is what an exemplar is for. Groups are split whole, so a
-    held-out one's examples stand behind held-out ones; without groups all stand behind training examples.
-    By words, though the matcher goes by features: so no example has to be read first.
+    Where rows name a group, others of the same one. There, and where answers are labels, alike in question,
+    answer and the shape of numbers (every digit a 0): the model learns to use an exemplar if it mostly shows
+    what is asked for. Groups are split whole, so a held-out one's examples stand behind held-out ones;
+    without groups all stand behind training examples. By words, though the matcher goes by features: so no
+    example has to be read first.
     """
     grouped, members = all("group" in e for e in rows), {}
     kinds = [(e["group"], i < n) if grouped else None for i, e in enumerate(rows)]
-    texts = [data.query_text(e) for e in rows]
-    if grouped:
+    texts, labels = [data.query_text(e) for e in rows], len({e["output"] for e in rows}) < len(rows) / 2
+    if grouped or labels:
         texts = [re.sub(r"\d", "0", text + e["output"]) for text, e in zip(texts, rows)]
     for i, kind in enumerate(kinds):
         if grouped or i < n:  # a held-out answer is never trained on, not even in front of another
