@@ -179,14 +179,19 @@ class Matcher(nn.Module):
 # ---- which exemplars are allowed --------------------------------------------------------------------------
 
 
-def allowed_exemplars(questions, pool):
-    """(B, n) bool: all exemplars of the pool but those that ask the very question."""
-    asked = {}  # {question: the exemplars that ask it}
+def where_asked(pool):
+    """{question: the exemplars that ask it}, for `allowed_exemplars`; made once a pool."""
+    asked = {}
     for j, exemplar in enumerate(pool):
         asked.setdefault(data.same_question(exemplar), []).append(j)
-    allowed = torch.ones(len(questions), len(pool), dtype=torch.bool)
+    return asked
+
+
+def allowed_exemplars(questions, asked, n):
+    """(B, n) bool over the pool's first n exemplars: all but those that ask the very question."""
+    allowed = torch.ones(len(questions), n, dtype=torch.bool)
     for b, question in enumerate(questions):
-        allowed[b, asked.get(data.same_question(question), [])] = False
+        allowed[b, [j for j in asked.get(data.same_question(question), []) if j < n]] = False
     return allowed
 
 

@@ -462,9 +462,10 @@ def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one
 
 def test_a_question_never_meets_itself_and_candidates_are_the_nearest_of_the_allowed():
     pool = [{"instruction": str(n % 5), "input": "", "output": str(n)} for n in range(8)]
-    allowed = matcher.allowed_exemplars([pool[2], {"instruction": "x", "input": ""}], pool[:6])
+    asked = matcher.where_asked(pool)
+    allowed = matcher.allowed_exemplars([pool[2], {"instruction": "x", "input": ""}], asked, 6)
     assert (~allowed).nonzero().tolist() == [[0, 2]]  # 7 asks the same, behind the end
-    assert (~matcher.allowed_exemplars([pool[2]], pool)).nonzero().tolist() == [[0, 2], [0, 7]]
+    assert (~matcher.allowed_exemplars([pool[2]], asked, 8)).nonzero().tolist() == [[0, 2], [0, 7]]
     z_pool, z = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [1, 1]]), torch.tensor([[1.0, 0.1], [-1, 0.1]])
     everything = torch.ones(2, 4, dtype=torch.bool)
     near = matcher.narrow(z, z_pool, everything, 2)

@@ -42,10 +42,13 @@ class Task:
     reward: dict  # {name: weight}
     shots: int
 
+    def __post_init__(self):
+        self.where_asked = matching.where_asked(self.pool)
+
     def allowed(self, part, rows=None):
         """(B, n) bool: the exemplars that questions `rows` of a part may get (None: of all its questions)."""
         questions = self.questions[part] if rows is None else [self.questions[part][i] for i in rows]
-        return matching.allowed_exemplars(questions, self.pool[: self.n[part]])
+        return matching.allowed_exemplars(questions, self.where_asked, self.n[part])
 
     @property
     def headline(self):
