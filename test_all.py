@@ -1245,9 +1245,9 @@ def test_training_examples_stand_behind_their_nearest_of_their_own_group():
     rows = [dict(zip(("instruction", "input", "output"), row), group="a") for row in dates]
     assert train_lora.neighbours(rows, 3, 1)(0) == [2]  # of the same form, though it asks in other words
     asked = "card lost, card late, card new, lost, c, d, e".split(", ")
-    rows = [{"instruction": text, "input": "", "output": label} for text, label in zip(asked, "abbcccc")]
+    rows = [{"instruction": text, "input": "", "output": label} for text, label in zip(asked, "abbaccc")]
     assert train_lora.neighbours(rows, 7, 1)(1) == [2]  # of labels the same one, else of two alike the first
-    assert train_lora.neighbours(rows[:4], 4, 1)(1) == [0]
+    assert train_lora.neighbours(rows[:3], 3, 1)(1) == [0]
 
 
 def training_run(held_out=lambda *_: 1.0, requested=lambda: False):
@@ -3030,9 +3030,9 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
 
 def test_labels_are_rehearsed_and_what_makes_it_worse_is_not_kept():
     rows = [row | {"output": ("red", "blue")[n % 2]} for n, row in enumerate(notes(60))]
-    assert train_matcher.are_labels(rows[:30], rows[30:]) and not train_matcher.are_labels(rows, notes(60))
+    assert data.are_labels(rows[:30], rows[30:]) and not data.are_labels(rows, notes(60))
     own = [row | {"output": str(n)} for n, row in enumerate(rows)]
-    assert not train_matcher.are_labels(own, own)  # each one's answer is its own copy's only
+    assert not data.are_labels(own, own)  # each one's answer is its own copy's only
     worse, flags = (lambda task, matcher, *_: matcher.tau.data.fill_(9.0)), ("--steps", 0, "--rehearsal", 3)
     with folder() as d:
         data.write_lines(workshop(d) / "my.jsonl", rows)

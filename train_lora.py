@@ -250,8 +250,8 @@ def neighbours(rows, n, shots):
     """
     grouped, members = all("group" in e for e in rows), {}
     kinds = [(e["group"], i < n) if grouped else None for i, e in enumerate(rows)]
-    texts, labels = [data.query_text(e) for e in rows], len({e["output"] for e in rows}) < len(rows) / 2
-    if grouped or labels:
+    texts = [data.query_text(e) for e in rows]
+    if grouped or data.are_labels(rows, rows):
         texts = [re.sub(r"\d", "0", text + e["output"]) for text, e in zip(texts, rows)]
     for i, kind in enumerate(kinds):
         if grouped or i < n:  # a held-out answer is never trained on, not even in front of another

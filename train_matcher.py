@@ -14,7 +14,6 @@ reward on validation questions; test questions are opened once, at the end, for 
 """
 
 import time
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -372,14 +371,6 @@ def settle(args, p, made_with, adapter, examples):
             setattr(args, name, value)
 
 
-def are_labels(questions, pool):
-    """Whether nearly every question's answer stands in the pool as another one's."""
-    rows = {(e["output"], data.same_question(e)) for e in pool}
-    times = Counter(answer for answer, _ in rows)
-    known = [times[q["output"]] > ((q["output"], data.same_question(q)) in rows) for q in questions]
-    return np.mean(known) > 0.9
-
-
 def read_adapter(folder, out):
     """What the adapter in `folder` says of the data, split and model it was trained with."""
     if not (folder / "adapter_config.json").exists():
@@ -434,7 +425,7 @@ def load(args, p, ddp):
     pool = own_pool or parts["pool"]
     n = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
     if args.rehearsal is None:
-        labels = "logprob" not in args.reward and are_labels(questions["train"], pool[: n["train"]])
+        labels = "logprob" not in args.reward and data.are_labels(questions["train"], pool[: n["train"]])
         args.rehearsal = 1000 if labels and args.steps else 0
     if args.shots > n["train"]:
         raise UserError(f"--shots {args.shots} is more than the pool's {n['train']} exemplars")
