@@ -3033,6 +3033,12 @@ def test_labels_are_rehearsed_and_what_makes_it_worse_is_not_kept():
     assert data.are_labels(rows[:30], rows[30:]) and not data.are_labels(rows, notes(60))
     own = [row | {"output": str(n)} for n, row in enumerate(rows)]
     assert not data.are_labels(own, own)  # each one's answer is its own copy's only
+    long = [row | {"output": row["output"] * 20} for row in rows]
+    for kind, examples in (("LABELS", rows), ("SHORT", own), ("FREE_TEXT", long)):  # the data decide
+        with patched(sys, "argv", ["train_matcher.py"]):
+            args, p = train_matcher.read_flags()
+        train_matcher.settle(args, p, {}, {"model": "any"}, examples, examples)
+        assert getattr(train_matcher, kind).items() <= vars(args).items(), kind
     worse, flags = (lambda task, matcher, *_: matcher.tau.data.fill_(9.0)), ("--steps", 0, "--rehearsal", 3)
     with folder() as d:
         data.write_lines(workshop(d) / "my.jsonl", rows)

@@ -301,17 +301,20 @@ def report(r):
 
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
 
-# what the flags default to without logprob in the reward, and with it
-SHORT = {"steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "stop_prior": 0.0}
+# what the flags default to: for short answers, where these are labels, and with logprob in the reward
+SHORT = {"steps": 160, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "stop_prior": 0.0,
+         "rehearsal": 0}
+LABELS = SHORT | {"steps": 0, "rehearsal": 1000}
 FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8,
-             "stop_prior": None}
+             "stop_prior": None, "rehearsal": 0}
 
 
 def read_flags():
     p, number = data.parser(__doc__), data.number
 
     def depends(name, kind, text):
-        text += f"; default: {SHORT[name]}, with the reward logprob {FREE_TEXT[name]}"
+        labels = f", where they are labels {LABELS[name]}" if LABELS[name] != SHORT[name] else ""
+        text += f"; default: for short answers {SHORT[name]}{labels}, for free text {FREE_TEXT[name]}"
         p.add_argument(f"--{name}", type=kind, help=text)
 
     p.add_argument("--pool", help="file of exemplars to choose from; default: those of the data")
@@ -328,9 +331,8 @@ def read_flags():
     p.add_argument("--stop_prior", type=number(float, 0, 0.99), help="probability of stopping at once before "
                    "anything is learnt; default: 0, so *stop* is hardly ever tried; with the reward logprob "
                    "the policy starts as the tuned threshold")
-    p.add_argument("--rehearsal", type=number(int, 0), help="updates before the --steps, on a free reward "
-                   "(is the exemplar's answer the reference?); default: 1000 where answers are "
-                   "labels and the reward has no logprob, else 0")
+    depends("rehearsal", number(int, 0), "updates before those, on a free reward: is the exemplar's answer "
+            "the reference?")
     p.add_argument("--rollouts", type=number(int, 2), default=4, help="K, rollouts a question")
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of the towers' MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
@@ -347,11 +349,11 @@ def read_flags():
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only:
-        data.pointless(p, args, "--eval_only", "resume", "rehearsal", "rollouts", "hidden", "n_val", *SHORT)
+        data.pointless(p, args, "--eval_only", "resume", "rollouts", "hidden", "n_val", *SHORT)
     return args, p
 
 
-def settle(args, p, made_with, adapter, examples):
+def settle(args, p, made_with, adapter, examples, pool):
     """Fill in what was not typed: from the matcher under --eval_only, from the adapter, else from the
     data."""
     short = np.median([len(e["output"]) for e in examples]) <= 40  # characters
@@ -361,7 +363,8 @@ def settle(args, p, made_with, adapter, examples):
             setattr(args, name, made_with.get(name, default))
     if isinstance(args.reward, str):
         args.reward = rl.parse_reward(args.reward)
-    for name, default in (FREE_TEXT if "logprob" in args.reward else SHORT).items():
+    kind = FREE_TEXT if "logprob" in args.reward else LABELS if data.are_labels(examples, pool) else SHORT
+    for name, default in kind.items():
         if getattr(args, name) is None:
             setattr(args, name, made_with.get(name, default))
     if 0 < args.candidates < args.shots:
@@ -406,7 +409,7 @@ def load(args, p, ddp):
     adapter = read_adapter(folder, args.out)
     examples = data.load_examples(adapter["data"], f"{folder} was trained on")
     own_pool = data.load_examples(args.pool, "--pool") if args.pool else None
-    settle(args, p, made_with, adapter, examples)
+    settle(args, p, made_with, adapter, examples, own_pool or examples)
     device, dtype = setup(args)
     ddp.first(lambda: data.resolve_model(args.model))
     model, enc = GPT.from_pretrained(args.model, dtype, device), data.load_tokenizer(args.model)
@@ -424,9 +427,6 @@ def load(args, p, ddp):
                  "test": parts["test"][: args.n_test]}
     pool = own_pool or parts["pool"]
     n = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
-    if args.rehearsal is None:
-        labels = "logprob" not in args.reward and data.are_labels(questions["train"], pool[: n["train"]])
-        args.rehearsal = 1000 if labels and args.steps else 0
     if args.shots > n["train"]:
         raise UserError(f"--shots {args.shots} is more than the pool's {n['train']} exemplars")
     every = [q for part in questions.values() for q in part]
