@@ -367,47 +367,26 @@ def keep_short(enc, examples, max_tokens, what="examples"):
 
 # ---- tokens ----------------------------------------------------------------------------------------
 
-LAST_GAP = re.compile(r".*\S(?= )", re.DOTALL)
-LONGEST = 1_000_000  # characters of a text; its ids take some 40 bytes for each of them
+LONGEST = 500_000  # characters of a text: tiktoken panics at a million spaces in a row
 
 
 def encode(enc, text):
     """Token ids of `text` as transformers gives them, but that special tokens a user types (<|endoftext|>)
     stay text.
 
-    Added tokens that are ordinary vocabulary are cut out first, as there: some before accents are composed
-    (NFC), some after. Bytes that the vocabulary lacks are dropped.
+    Added tokens that are ordinary vocabulary, as Qwen's <think>, are cut out before accents are composed
+    (NFC). Bytes that the vocabulary lacks are dropped.
     """
     if len(text) > LONGEST:
         raise UserError(f"a text of {len(text):,} characters is too long; at most {LONGEST:,} are read")
     ids = []
-    for part, whole in cut(enc.raw_words, text):
-        part = part if whole or not enc.normal_form else unicodedata.normalize(enc.normal_form, part)
-        for piece, word in [(part, True)] if whole else cut(enc.normal_words, part):
-            ids += [enc.words[piece]] if word else encode_plain(enc, piece)
+    for n, part in enumerate(enc.added.split(text)):
+        if n % 2:  # what the pattern's group matched
+            ids.append(enc.words[part])
+        else:
+            part = unicodedata.normalize(enc.normal_form, part) if enc.normal_form else part
+            ids += [i for i in enc.encode_ordinary(part) if i in enc.known]
     return ids
-
-
-def cut(words, text):
-    """[(part of `text`, is it one of `words`?)]: what a group matched stands at odd places of re.split."""
-    return [(part, n % 2 == 1) for n, part in enumerate(words.split(text) if words else [text])]
-
-
-def encode_plain(enc, text, piece=100_000):
-    """tiktoken panics on a million spaces in a row. No split pattern joins a space to what stands before it,
-    so cutting there changes nothing; where there is no such place, any will do."""
-    ids, start = [], 0
-    while start < len(text):
-        gap = LAST_GAP.match(text, start, start + piece) if len(text) - start > piece else None
-        end = gap.end() if gap else start + piece
-        try:
-            ids += enc.encode_ordinary(text[start:end])
-        except BaseException as error:  # a panic inside tiktoken is no Exception
-            if type(error).__name__ != "PanicException":
-                raise
-            raise UserError("the tokenizer's split pattern cannot cope with this text") from None
-        start = end
-    return [i for i in ids if i in enc.known]
 
 
 def decode(enc, ids):
@@ -538,19 +517,16 @@ def make_encoding(spec, name, ends=()):
     enc.end_ids = list(ends) or [added[token] for token in ENDS if token in added]
     enc.end_id = enc.end_ids[0] if enc.end_ids else None
     enc.begin_ids = begin_of_text(spec.get("post_processor"))
-    enc.words, found = {}, {False: [], True: []}
+    enc.words = {}
     for token in tokens:
         if token.get("special", True) or token["id"] in enc.end_ids:
             continue
         for key in ("single_word", "lstrip", "rstrip"):
             if token.get(key):
                 raise ValueError(f"added token {token['content']!r}: {key} is not supported")
-        late = bool(token.get("normalized"))
-        word = unicodedata.normalize("NFC", token["content"]) if late and form else token["content"]
-        enc.words[word] = token["id"]
-        found[late].append(re.escape(word))
-    longest = [sorted(words, key=len, reverse=True) for words in found.values()]  # of two that begin alike
-    enc.raw_words, enc.normal_words = (words and re.compile(f"({'|'.join(words)})") for words in longest)
+        enc.words[token["content"]] = token["id"]
+    longest = sorted(map(re.escape, enc.words), key=len, reverse=True)  # of two that begin alike
+    enc.added = re.compile(f"({'|'.join(longest) or '(?!)'})")  # (?!) is nowhere
     sample = "It's 12 déjà vu, 日本語\t😀  \n\n x_1\0!"
     if enc.decode(enc.encode_ordinary(sample)) != sample:
         raise ValueError("its split pattern loses text")
