@@ -400,27 +400,23 @@ def decode(enc, ids):
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits are cut out before the rest is split, so white space before one is a piece of its own.
 DIGITS_SPLIT = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-ENDS = "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>"  # if no config names one
 
 
 def load_tokenizer(name_or_dir):
     """A model's tokenizer.json as a tiktoken.Encoding, for encode() and decode(); UserError.
 
     An answer ends with the eos_token_id of config.json and generation_config.json: the first is enc.end_id,
-    which the LoRA learns to say, all are enc.end_ids. Where neither names one, tokens of well-known names
-    do.
+    which the LoRA learns to say, all are enc.end_ids.
     """
     folder = resolve_model(name_or_dir)
-    files = [folder / "config.json", folder / "generation_config.json"]
-    rows, ends = 1 << 24, ()
-    for file in filter(Path.exists, files):
-        config = read_json(file, dict)
-        rows, ends = config.get("vocab_size", rows), ends + ids_of(config, file)
-    ends = [i for i in dict.fromkeys(ends) if i < rows]  # the model can say no other
+    config, more = read_json(folder / "config.json", dict), folder / "generation_config.json"
+    ends = ids_of(config, folder / "config.json")
+    if more.exists():
+        ends += ids_of(read_json(more, dict), more)
     with fitting(folder / "tokenizer.json"):
         enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), ends)
-        if max(enc.known) >= rows:
-            raise ValueError(f"it has ids up to {max(enc.known)}, the model's end at {rows - 1}")
+        if max(enc.known) >= config["vocab_size"]:
+            raise ValueError(f"it has ids up to {max(enc.known)}, the model {config['vocab_size']} ids")
     if not enc.end_ids:
         raise UserError(f"{folder}: no token that ends an answer; name its eos_token_id in config.json")
     return enc
@@ -472,7 +468,7 @@ def begin_of_text(post_processor):
     return begin
 
 
-def make_encoding(spec, name, ends=()):
+def make_encoding(spec, name, ends):
     """tiktoken.Encoding from the dict of a tokenizer.json; ValueError, KeyError ... if it cannot be.
 
     To tiktoken a token's id is its merge's rank, and any pair that spells a token may merge. So ids must
@@ -507,14 +503,12 @@ def make_encoding(spec, name, ends=()):
     if orphans and not model.get("ignore_merges"):
         raise ValueError(f"no merge makes token {min(orphans)}")
     lacking = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-    if lacking and model.get("unk_token"):
-        raise ValueError("unk_token is not supported where single bytes are missing")
     ranks |= {b: i for i, b in enumerate(lacking, max(ids) + 1)}  # or tiktoken panics when it meets one
 
     enc = tiktoken.Encoding(name, pat_str=split_pattern(spec["pre_tokenizer"]), mergeable_ranks=ranks,
                             special_tokens=added)
     enc.known, enc.normal_form = frozenset(ids), form[0]["type"] if form else None
-    enc.end_ids = list(ends) or [added[token] for token in ENDS if token in added]
+    enc.end_ids = [i for i in dict.fromkeys(ends) if i in enc.known]
     enc.end_id = enc.end_ids[0] if enc.end_ids else None
     enc.begin_ids = begin_of_text(spec.get("post_processor"))
     enc.words = {}
@@ -1162,7 +1156,8 @@ def lesson():
     vocab = {t: i for i, t in enumerate(letters + [m.replace(" ", "") for m in merges])}
     enc = make_encoding({"model": {"vocab": vocab, "merges": merges},
                          "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
-                         "added_tokens": [{"content": "<|endoftext|>", "id": len(vocab)}]}, "a toy tokenizer")
+                         "added_tokens": [{"content": "<|endoftext|>", "id": len(vocab)}]},
+                        "a toy tokenizer", [len(vocab)])
     front, question = encode_exemplar(enc, exemplar), encode_query(enc, example)
     prompt, answer = join(enc, [front, question]), encode_answer(enc, example)
     shown = "".join(decode(enc, [i]).decode() for i in prompt)
