@@ -198,9 +198,8 @@ def load_examples(name_or_path, flag="--data"):
     """'styles', a name in SOURCES, or a file of rows -> list of examples, every text as it stands in the
     file.
 
-    The file's first character tells a JSON list from JSON lines, whatever its suffix. Of two spellings of a
-    field the one that says something counts. Other fields and identical rows are passed over, in one line
-    with a count. UserError names file and row.
+    Of two spellings of a field the one that says something counts. Other fields and identical rows are passed
+    over, in one line with a count. UserError names file and row.
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name == "styles":
@@ -242,18 +241,13 @@ def read_banking77(path):
 
 
 def read_rows(path):
-    """Yield (number, row) of a file of JSON or JSON lines; UserError says what else it is."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    text = head.decode("utf-8-sig", "replace").lstrip()
-    if text.startswith("["):
+    """Yield (number, row) of a file of JSON or JSON lines: its first character tells, whatever its suffix."""
+    first = next((line for _, line in read_lines(path)), "")
+    if first.lstrip().startswith("["):
         yield from enumerate(read_json(path, list), 1)
-    elif text and not text.startswith("{"):
-        raise UserError(f"{path}: begins with {head[:16]!r}; a JSON list or JSON lines in UTF-8 is expected, "
-                        "not CSV, nor a compressed, Excel or Parquet file")
     else:
         for n, line in read_lines(path):
-            yield n, parse_json(line, f"{path}, line {n} (a line holds a whole object)")
+            yield n, parse_json(line, f"{path}, line {n} (neither a JSON list nor one object a line)")
 
 
 def read_row(row, where, unread):
@@ -627,20 +621,9 @@ def read_lines(path):
 
 
 def parse_json(text, where):
-    """Strict JSON, or a UserError that begins with `where` (the file, or the file and line)."""
-
-    def unique(pairs):
-        if len(obj := dict(pairs)) < len(pairs):  # json would keep the last one without a word
-            raise ValueError(f"a key appears twice among {list(obj)}"[:200])
-        return obj
-
-    def finite(number):
-        if not math.isfinite(float(number)):  # NaN, Infinity, 1e999
-            raise ValueError(f"{number[:20]} is not a finite number")
-        return float(number)
-
+    """What `text` says in JSON, or a UserError that begins with `where`: a file, or file and line."""
     try:
-        obj = json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+        obj = json.loads(text)
         json.dumps(obj, ensure_ascii=False).encode()  # half of a surrogate pair cannot be encoded
         return obj
     except (ValueError, RecursionError) as error:
