@@ -193,7 +193,9 @@ def load_examples(name_or_path, flag="--data"):
     if name not in SOURCES and not path.is_file():
         raise UserError(f"{flag} {name}: not styles, {', '.join(SOURCES)}, and no such file")
     unread, examples = Counter(), []
-    for file in fetch(name) if name in SOURCES else [path]:
+    files = [download(url.format(hub=hub()), Path("cache") / name / url.rsplit("/", 1)[1], sha256)
+             for url, sha256 in SOURCES.get(name, ())]
+    for file in files or [path]:
         rows = read_banking77(file) if name == "banking77" else read_rows(file)
         examples += [read_row(row, f"{file}, row {n}", unread) for n, row in rows]
     if not examples:
@@ -205,12 +207,6 @@ def load_examples(name_or_path, flag="--data"):
     if len(unique) < len(examples):
         print(f"{name}: {len(examples) - len(unique):,} duplicate rows left out")
     return [dict(e) for e in unique]
-
-
-def fetch(name):
-    """The files of a data set, downloaded where they are not yet in cache/."""
-    return [download(url.format(hub=hub()), Path("cache") / name / url.rsplit("/", 1)[1], sha256)
-            for url, sha256 in SOURCES[name]]
 
 
 def read_banking77(path):
@@ -578,13 +574,10 @@ def write_lines(path, rows):
 def read_lines(path):
     """Yield (number, line) of a UTF-8 file (byte-order mark dropped), less blank lines; UserError."""
     try:
-        with open(path, "rb") as file:
-            for n, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig" if n == 1 else "utf-8")
-                if text.strip():
-                    yield n, text
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
     except UnicodeDecodeError:
-        raise UserError(f"{path}, line {n}: not UTF-8; save it as UTF-8") from None
+        raise UserError(f"{path}: not UTF-8; save it as UTF-8") from None
 
 
 def parse_json(text, where):
@@ -618,8 +611,7 @@ def read_safetensors(path, skip=()):
                     raise UserError(f"{path}: {name!r} ({tensor.dtype}) holds what is no finite number")
                 yield name, tensor
     except (SafetensorError, OSError, RuntimeError, ValueError, OverflowError) as error:
-        what = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable safetensors file ({what})") from None
+        raise UserError(f"{path}: no safetensors file ({str(error).splitlines()[0]})") from None
 
 
 def write_safetensors(path, tensors, metadata=None):
@@ -797,8 +789,7 @@ def resolve_model(name_or_dir, cache="cache"):
     if source == name and os.path.isdir(name):
         return Path(name)
     if source == name and not re.fullmatch(r"\w[\w.-]{,95}/\w[\w.-]{,95}(@[\w.-]{1,95})?", name):
-        known = ", ".join(SHORT_NAMES)
-        raise UserError(f"no model {name!r}: give a folder, a Hub id such as org/name, or one of {known}")
+        raise UserError(f"no model {name!r}: give a folder, a Hub id org/name, or {' or '.join(SHORT_NAMES)}")
     done = folder / "complete.json"
     if done.is_file():
         if read_json(done, dict).get("source") == source:
@@ -1002,18 +993,13 @@ class Processes:
 
     def first(self, fetch):
         """Rank 0 calls `fetch` (a download into the shared cache) while the others wait."""
-        if self.world > 1:
-            if self.rank == 0:
-                fetch()
-            torch.distributed.barrier()
+        if self.rank == 0:
+            fetch()
+        self.gather(None)
 
     def sum(self, values):
-        """Element-wise sum of a list of floats over all processes, in float64."""
-        if self.world == 1:
-            return values
-        t = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(t)
-        return t.tolist()
+        """Element-wise sum of a list of numbers over all processes."""
+        return [sum(each) for each in zip(*self.gather(values))]
 
     def sum_gradients(self, parameters):
         """Add gradients up, as one message. Each rank's loss is already divided by the global count."""

@@ -1410,7 +1410,7 @@ def test_a_file_that_is_something_else_is_named_for_what_it_is():
     whole, raw = json.dumps(DATE), "\n".join(map(json.dumps, rows_of(3))).encode()
     formats = [
         (b"\x1f\x8b\x08", "UTF-8"), (b"PK\x03\x04..", "JSON"), (raw.decode().encode("utf-16"), "UTF-8"),
-        (b"instruction,input,output\nhi,,ho\n", "JSON"), (raw + b'\n{"a": "\xe9"}', "line 4: not UTF-8")]
+        (b"instruction,input,output\nhi,,ho\n", "JSON"), (raw + b'\n{"a": "\xe9"}', "not UTF-8")]
     rows = [
         (whole + "\n{oops\n" + whole, "line 2"), (whole + "\n\n[1]", "3"), ('{"messages": []}', "'messages'"),
         (whole + '\n{"instruction": "x"}', "'output'"), ('{"instruction": " ", "output": "x"}', "empty"),
