@@ -270,8 +270,7 @@ def split(examples, seed=0):
     {"lora_train", "lora_val", "matcher_train", "val", "test", "pool": lists, "pool_sizes": {...}}.
 
     The LoRA has memorised its own training answers, so the matcher learns from others, its checkpoint is
-    chosen on others again, and `test` is opened once. The pool is lora_train; where every row has a "group",
-    see split_groups.
+    chosen on others again, and `test` is opened once. The pool is lora_train, but see split_groups.
     """
     rng, first = random.Random(seed), {}
     for e in examples:
@@ -572,7 +571,7 @@ def write_lines(path, rows):
 
 
 def read_lines(path):
-    """Yield (number, line) of a UTF-8 file (byte-order mark dropped), less blank lines; UserError."""
+    """Yield (number, line) of a UTF-8 file, less its byte-order mark and blank lines; UserError."""
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
@@ -682,9 +681,8 @@ GGUF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "
 def read_gguf(raw):
     """(metadata, {tensor: float32 array}) of the bytes of a GGUF v3 file. Format: ggml's docs/gguf.md.
 
-    Q4_1 keeps 32 values in 20 bytes: fp16 d, fp16 m, and 16 bytes whose low nibbles are the q of values 0 to
-    15 and whose high nibbles those of 16 to 31; value = q d + m. Q8_0 keeps 32 in 34: fp16 d and 32 int8 q;
-    value = q d.
+    Q4_1: 32 values in 20 bytes, fp16 d, fp16 m and 16 bytes whose low nibbles are the q of values 0 to 15,
+    whose high ones those of 16 to 31; value = q d + m. Q8_0: 32 in 34, fp16 d and 32 int8 q; value = q d.
     """
     file = io.BytesIO(raw)
     file.seek(8)  # past "GGUF" and the version
