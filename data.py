@@ -366,6 +366,7 @@ def decode(enc, ids):
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits are cut out before the rest is split, so white space before one is a piece of its own.
 DIGITS_SPLIT = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+ENDS = "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>"  # where no config names one
 
 
 def load_tokenizer(name_or_dir):
@@ -432,7 +433,7 @@ def begin_of_text(post_processor):
     return begin
 
 
-def make_encoding(spec, name, ends):
+def make_encoding(spec, name, ends=()):
     """tiktoken.Encoding from the dict of a tokenizer.json; ValueError, KeyError ... if it cannot be.
 
     To tiktoken a token's id is its merge's rank, and any pair that spells a token may merge. So ids must
@@ -471,6 +472,7 @@ def make_encoding(spec, name, ends):
     enc = tiktoken.Encoding(name, pat_str=split_pattern(spec["pre_tokenizer"]), mergeable_ranks=ranks,
                             special_tokens=added)
     enc.known, enc.normal_form = frozenset(ids), form[0]["type"] if form else None
+    ends = ends or [added[token] for token in ENDS if token in added]
     enc.end_ids = [i for i in dict.fromkeys(ends) if i in enc.known]
     if not enc.end_ids:
         raise ValueError("no token ends an answer; name one as eos_token_id in config.json")
@@ -1029,8 +1031,7 @@ def lesson():
     vocab = {t: i for i, t in enumerate(letters + [m.replace(" ", "") for m in merges])}
     enc = make_encoding({"model": {"vocab": vocab, "merges": merges},
                          "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
-                         "added_tokens": [{"content": "<|endoftext|>", "id": len(vocab)}]},
-                        "a toy tokenizer", [len(vocab)])
+                         "added_tokens": [{"content": "<|endoftext|>", "id": len(vocab)}]}, "a toy tokenizer")
     front, question = encode_exemplar(enc, exemplar), encode_query(enc, example)
     prompt, answer = join(enc, [front, question]), encode_answer(enc, example)
     shown = "".join(decode(enc, [i]).decode() for i in prompt)

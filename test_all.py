@@ -231,7 +231,7 @@ def tiny(config=LLAMA, dtype=torch.float32, **changes):
 
 @functools.cache
 def encoding():
-    return data.make_encoding(tokenizer(), "tiny", [0, 1])
+    return data.make_encoding(tokenizer(), "tiny")
 
 
 def ragged(*lengths, seed=0):
@@ -623,7 +623,7 @@ def test_what_the_lora_is_trained_to_say_earns_the_reward_1_and_nothing_else_doe
              "  code\n", "    return x\n", "a\r\nb", "की", "का", "👍", "<|im_end|>", "İnstruction",
              "### I\u0307nput:", "A", "a", "+", "-", "a\x04b", "c\x1dd", "c\x1d d", "e\x02f", "a\tb\r\nc"]
     for normalizer, lack in itertools.product((None, {"type": "NFC"}), ((), (4, 6), (0x1D, 0x02))):
-        enc = data.make_encoding(tokenizer(lack=lack, normalizer=normalizer), "tiny", [0])
+        enc = data.make_encoding(tokenizer(lack=lack, normalizer=normalizer), "tiny")
         for text in [unicodedata.normalize(form, text) for form in ("NFC", "NFD") for text in texts]:
             said = data.decode(enc, data.encode_answer(enc, {"output": text})[:-1]).decode()
             assert rl.exact(said, text) == rl.rouge_l(said, text) == 1, (normalizer, lack, text)
@@ -1472,7 +1472,7 @@ def test_ids_are_those_of_hugging_faces_tokenizers():
     rng = random.Random(0)
     for pre, form, more in itertools.product(splits, normalizers, words):
         spec = added(tokenizer(pre=pre, normalizer=form, ignore_merges=rng.random() < 0.5), more)
-        enc, reference = data.make_encoding(spec, "x", [0]), theirs(spec)
+        enc, reference = data.make_encoding(spec, "x"), theirs(spec)
         for text in [*PIECES, *("".join(rng.choices(PIECES, k=rng.randint(2, 10))) for _ in range(30))]:
             ids = data.encode(enc, text)
             assert ids == reference.encode(text).ids, (text, pre, form, more)
@@ -1484,7 +1484,7 @@ def test_a_prompt_begins_with_what_the_post_processor_puts_there():
     inside = {"type": "Sequence", "processors": [level, template(1)]}
     for post, ids in ((None, []), (level, []), (template(1), [1]), (template(1, 0), [1, 0]), (inside, [1])):
         spec = tokenizer() | {"post_processor": post}
-        enc, reference = data.make_encoding(spec, "x", [0]), theirs(spec)
+        enc, reference = data.make_encoding(spec, "x"), theirs(spec)
         assert data.encode_query(enc, DATE) == reference.encode(data.query_text(DATE)).ids
         assert data.encode_query(enc, DATE)[: len(ids)] == ids == enc.begin_ids
         exemplar, question = data.encode_exemplar(enc, DATE), data.encode_query(enc, PLAIN)
@@ -1495,17 +1495,16 @@ def test_a_prompt_begins_with_what_the_post_processor_puts_there():
 def test_an_answer_ends_as_both_configs_say():
     """(config.json's eos_token_id, generation_config.json's, the ids that end an answer)."""
     cases = [(0, None, [0]), (5, None, [5]), (1, [1, 0], [1, 0]), ([1, 0], None, [1, 0]), (0, [9], [0, 9]),
-             (None, 7, [7]), (1, 1, [1]), (V, 1, [1])]
+             (None, 7, [7]), (1, 1, [1]), (V, 1, [1]), (None, [], [0, 1]), (None, None, [0, 1])]
     with folder() as d:
         for eos, more, want in cases:
             write_tiny_folder(d, LLAMA | {"eos_token_id": eos})
             data.write_json(d / "generation_config.json", {} if more is None else {"eos_token_id": more})
             enc = data.load_tokenizer(d)
             assert (enc.end_ids, data.encode_answer(enc, PLAIN)[-1]) == (want, want[0]), (eos, more)
-        for eos in (None, [], V):
-            write_tiny_folder(d, LLAMA | {"eos_token_id": eos})
-            data.write_json(d / "generation_config.json", {})
-            assert "eos_token_id" in refused(data.load_tokenizer, d)
+        spec = tokenizer(vocab={t: i for t, i in vocabulary().items() if i > 1}) | {"added_tokens": []}
+        data.write_json(d / "tokenizer.json", spec)
+        assert "eos_token_id" in refused(data.load_tokenizer, d)
 
 
 def test_a_config_whose_end_is_no_token_id_is_the_file_that_is_named():
@@ -1543,7 +1542,7 @@ def test_tokenizers_that_would_differ_are_refused_by_name():
 
 
 def test_any_string_can_be_encoded_and_no_id_lies_past_the_vocabulary():
-    enc, text = data.make_encoding(tokenizer(lack=(4, 6, 0xF1)), "tiny", [0]), "a\x04b\x06\x06 \U00050000!"
+    enc, text = data.make_encoding(tokenizer(lack=(4, 6, 0xF1)), "tiny"), "a\x04b\x06\x06 \U00050000!"
     assert max(enc.encode_ordinary(text)) > max(enc.known) == V - 4 >= max(data.encode(enc, text))
     assert data.decode(enc, [*data.encode(enc, text), 10**6]).startswith(b"ab ")
     assert data.encode(enc, "a\ud800b") == data.encode(enc, "a\ufffdb") and data.encode(enc, "") == []
