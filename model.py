@@ -245,18 +245,14 @@ class GPT(nn.Module):
             x = block(x, batch, layer)
         return batch.spread(self.norm(x))
 
-    def logits(self, h):
-        """Final hidden states (..., C) -> logits (..., V). Called only where logits are used: V is large."""
-        return self.lm_head(h)
-
     def forward(self, ids):
-        """ids (B, T) -> logits (B, T, V)."""
-        return self.logits(self.hidden(ids))
+        """ids (B, T) -> logits (B, T, V). V is large: others take only the logits that they use."""
+        return self.lm_head(self.hidden(ids))
 
     def loss(self, ids, where, targets, lengths=None):
         """Sum of -log p(target) over flat positions `where` (N,) in ids (B, T); targets (N,): next tokens."""
         h = self.hidden(ids, lengths).flatten(0, 1)[where]  # (N, C)
-        return F.cross_entropy(self.logits(h).float(), targets, reduction="sum")
+        return F.cross_entropy(self.lm_head(h).float(), targets, reduction="sum")
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=0.0, eos_ids=None, top_k=None, seed=None,
@@ -283,7 +279,7 @@ class GPT(nn.Module):
             h = self.hidden(ids, lengths, cache)[range(len(rows)), lengths - 1]  # (B, C): of each last token
             alive = range(len(rows))
             while alive:
-                next_ids = pick_token(self.logits(h).float(), temperature, top_k, rng)  # (B,)
+                next_ids = pick_token(self.lm_head(h).float(), temperature, top_k, rng)  # (B,)
                 token = next_ids.tolist()
                 alive = [b for b in alive if token[b] not in eos]
                 for b in alive:
@@ -313,7 +309,7 @@ class GPT(nn.Module):
                      for t, y in enumerate(answers[i], len(prompts[i]) - 1)]
             b, t, y = torch.tensor(spots, dtype=torch.long, device=self.device).view(-1, 3).unbind(1)
             h = self.hidden(ids, lengths, cache)[b, t]  # (N, C)
-            logp = [-F.cross_entropy(self.logits(some).float(), ys, reduction="none")
+            logp = [-F.cross_entropy(self.lm_head(some).float(), ys, reduction="none")
                     for some, ys in zip(h.split(64), y.split(64))]  # some at a time: (N, V) is large
             out[rows] = torch.zeros(len(rows), device=self.device).index_add_(0, b, torch.cat(logp)).cpu()
         return out
