@@ -383,13 +383,10 @@ def pick_token(logits, temperature, top_k, rng):
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)[:, 0]
 
 
-def pad(rows, device=None, fill=0):
+def pad(rows, device=None):
     """id lists -> (B, T) right-padded ids, (B,) lengths. What stands in the padding does not matter."""
-    lengths = torch.tensor([len(r) for r in rows])
-    out = torch.full((len(rows), int(lengths.max())), fill)
-    for b, r in enumerate(rows):
-        out[b, :len(r)] = torch.as_tensor(r)
-    return out.to(device), lengths.to(device)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
+    return ids.to(device), torch.tensor([len(r) for r in rows], device=device)
 
 
 class KVCache:

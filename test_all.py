@@ -2221,7 +2221,11 @@ def test_padding_is_left_out_and_changes_nothing():
         tokens = {len(call.args[1]) for call in mlp.call_args_list}
         assert tokens == {sum(map(len, prompts))}  # left out, not only hidden
         for fill in (0, 7, 200):
-            with patched(model, "pad", lambda rows, device=None, fill=fill: pad(rows, device, fill)):
+            def filled(rows, device, fill=fill):
+                ids, lengths = pad(rows, device)
+                return ids.masked_fill(torch.arange(ids.shape[1]) >= lengths[:, None], fill), lengths
+
+            with patched(model, "pad", filled):
                 behind = {"prefixes": [0, 1, None, 0, 1], "prefix_cache": model.PrefixCache(m, pool)}
                 results.append([m.generate(prompts, 8, eos_ids=(), **behind), m.features(prompts).tolist(),
                                 m.answer_logprobs(prompts, ragged(4, 1, 6, 2, 3), **behind).tolist()])
