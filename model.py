@@ -277,15 +277,12 @@ class GPT(nn.Module):
         self.check(prompts, max_new_tokens, prefixes, prefix_cache)
         rng = torch.Generator(self.device)
         rng.manual_seed(seed) if seed is not None else rng.seed()
-        answers = [[] for _ in prompts]
-        if max_new_tokens < 1:
-            return answers
-        new = [max_new_tokens] * len(prompts)
+        answers, new = [[] for _ in prompts], [max_new_tokens] * len(prompts)
         for rows, cache in self._batches(prompts, prefixes, prefix_cache, batch_size, new):
             ids, lengths = pad([prompts[i] for i in rows], self.device)
             h = self.hidden(ids, lengths, cache)[range(len(rows)), lengths - 1]  # (B, C): of each last token
             alive = range(len(rows))
-            while alive:
+            for step in range(max_new_tokens):
                 next_ids = pick_token(self.lm_head(h).float(), temperature, top_k, rng)  # (B,)
                 token = next_ids.tolist()
                 alive = [b for b in alive if token[b] not in eos]
@@ -293,8 +290,7 @@ class GPT(nn.Module):
                     answers[rows[b]].append(token[b])
                     if on_token:
                         on_token(rows[b], token[b])
-                alive = [b for b in alive if len(answers[rows[b]]) < max_new_tokens]
-                if not alive:
+                if not alive or step == max_new_tokens - 1:
                     break
                 # copying the cache costs about a step: finished rows leave a quarter of the batch at a time
                 if len(alive) <= 0.75 * len(rows):
