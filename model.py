@@ -569,13 +569,12 @@ def read_rope(s):
     """-> rope_theta, and Llama 3's scaling or None. transformers 5 writes both into rope_parameters, earlier
     versions into rope_theta and rope_scaling; what is given twice has to agree."""
     new, old = s.take("rope_parameters", dict, {}), s.take("rope_scaling", dict, {})
-    if new and old and new != old:
-        s.refuse("rope_scaling", old, "contradicts rope_parameters")
-    for key, value in (new or old).items():
+    for key, value in (*new.items(), *old.items()):
         key = "rope_type" if key == "type" else key
-        if value is not None and s.left.get(key) not in (None, value):
+        if s.left.get(key) is None:
+            s.left[key] = value
+        elif value not in (None, s.left[key]):
             s.refuse(key, value, f"contradicts {s.left[key]!r:.30}")
-        s.left[key] = s.left.get(key) if value is None else value
     keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     llama3 = s.take("rope_type", str, "default", among=("default", "llama3")) == "llama3"
     return s.take("rope_theta", float, 10000.0), {k: s.take(k, float) for k in keys} if llama3 else None
