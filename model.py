@@ -536,8 +536,7 @@ def read_config(hf, where):
                      s.take("n_inner", int, 4 * C), s.take("n_positions", int),
                      s.take("layer_norm_epsilon", float, 1e-5),
                      tied=s.take("tie_word_embeddings", bool, True),
-                     gelu=gelus[s.take("activation_function", str, "gelu_new", among=gelus)],
-                     qkv_bias=True, o_bias=True, mlp_bias=True, eos_ids=eos)
+                     gelu=gelus[s.take("activation_function", str, "gelu_new", among=gelus)], eos_ids=eos)
     else:
         s.take("hidden_act", str, "silu", among=("silu", "swish"))
         C, H = s.take("hidden_size", int), s.take("num_attention_heads", int)
