@@ -73,16 +73,14 @@ def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
     name for every layer whose full name, ours or Hugging Face's, ends in it. rslora: scale by alpha /
     sqrt(r) (Kalajdzievski 2023). UserError when a name matches no layer.
     """
-    names = targets.split(",") if isinstance(targets, str) else list(targets)
-    found = linear_layers(model)
-    hits = {t: [n for n, theirs in found.items() if targets == "all" or ends_in(t, n, theirs)] for t in names}
-    if missing := [t for t in names if not hits[t]]:
-        leaves = sorted({n.split(".")[-1] for n in found})
-        raise UserError(f"--targets: no layer is called {missing[0]!r}; this model has {', '.join(leaves)}")
-    chosen = [n for n in found if any(n in names for names in hits.values())]  # in the model's order
-    if layers(model):
-        raise UserError("the model carries an adapter already")
-    wrap(model, chosen, r, alpha, dropout, rslora)
+    every, chosen = linear_layers(model), set()
+    for t in targets.split(",") if isinstance(targets, str) else targets:
+        hits = {n for n, theirs in every.items() if t == "all" or ends_in(t, n, theirs)}
+        if not hits:
+            leaves = sorted({n.split(".")[-1] for n in every})
+            raise UserError(f"--targets: no layer is called {t!r}; this model has {', '.join(leaves)}")
+        chosen |= hits
+    wrap(model, [n for n in every if n in chosen], r, alpha, dropout, rslora)  # in the model's order
 
 
 def wrap(model, names, r, alpha, dropout, rslora):
@@ -128,28 +126,26 @@ def linear_layers(model):
             if n.startswith("blocks.") and isinstance(m, nn.Linear | LoRALinear) and f"{n}.weight" in keys}
 
 
-def ends_in(target, ours, theirs):
+def ends_in(target, *names):
     """As PEFT: a layer is meant by its whole name or by what follows one of the dots in it."""
-    return any(name == target or name.endswith(f".{target}") for name in (ours, theirs))
+    return any(f".{name}".endswith(f".{target}") for name in names)
 
 
 def target_names(model):
     """The wrapped layers as PEFT knows them: a last name where all layers of that name are wrapped, else
     whole names."""
-    every, wrapped = linear_layers(model), set(layers(model))
-    partly = {n.split(".")[-1] for n in every if n not in wrapped}
-    return sorted({n.split(".")[-1] if n.split(".")[-1] not in partly else every[n] for n in wrapped})
+    every, wrapped = linear_layers(model), layers(model)
+    last = {n: n.split(".")[-1] for n in every}
+    partly = {last[n] for n in every if n not in wrapped}
+    return sorted({every[n] if last[n] in partly else last[n] for n in wrapped})
 
 
 def save(model, folder, base_model="", extra=None):
     """Write the adapter alone, in PEFT's format. `extra`: our own settings, kept under the key "pillow"
     with the digest of the weights (`matcher.save` says why)."""
-    names, tensors = linear_layers(model), {}
-    for name, m in layers(model).items():
-        for half in ("lora_A", "lora_B"):
-            weight = getattr(m, half).detach().float().cpu()
-            tensors[f"base_model.model.{names[name]}.{half}.weight"] = weight
-    path = Path(folder) / "adapter_model.safetensors"
+    names, path = linear_layers(model), Path(folder) / "adapter_model.safetensors"
+    tensors = {f"base_model.model.{names[n]}.{half}.weight": getattr(m, half).detach()
+               for n, m in layers(model).items() for half in ("lora_A", "lora_B")}
     data.write_safetensors(path, tensors, {"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
               "bias": "none", "fan_in_fan_out": model.config.family == "gpt2", "inference_mode": True,
@@ -219,7 +215,7 @@ def load(model, folder):
         pattern = ".*" if targets.lower() == "all-linear" else targets
         chosen = [n for n, theirs in every.items() if re.fullmatch(pattern, theirs)]
     else:  # a name that matches nothing beside some that do is passed over, as PEFT does
-        chosen = [n for n, theirs in every.items() if any(ends_in(str(t), theirs, theirs) for t in targets)]
+        chosen = [n for n, theirs in every.items() if any(ends_in(t, theirs) for t in targets)]
     found = {}
     for key, tensor in data.read_safetensors(path):
         # an adapter's own name may stand in front of .weight
