@@ -2526,7 +2526,7 @@ def test_settings_this_decoder_does_not_do_are_refused_by_name():
              (LLAMA, {"rope_scaling": LLAMA3 | {"type": "default"}}, "rope_type"),
              (LLAMA, {"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "attention_factor"),
              (LLAMA, {"rope_parameters": plain | {"rope_theta": 5e5}}, "rope_theta"),
-             (LLAMA, {"rope_parameters": plain, "rope_scaling": LLAMA3}, "rope_scaling"),
+             (LLAMA, {"rope_parameters": plain, "rope_scaling": LLAMA3}, "rope_type"),
              (LLAMA, {"rope_parameters": plain | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
              (LLAMA, {"original_max_position_embeddings": 64}), (LLAMA, {"embedding_multiplier": 12.0}),
              (LLAMA, {"logits_scaling": 8.0}), (LLAMA, {"attention_multiplier": 0.1}),
