@@ -334,7 +334,7 @@ class GPT(nn.Module):
         """Yield (rows, cache): texts of like length together, the cache filled with what stands in front of
         them, with room for each prompt and its new[i] further tokens."""
         prefixes = prefixes or [None] * len(prompts)
-        front = [0 if j is None else prefix_cache.length(j) for j in prefixes]
+        front = [0 if j is None else len(prefix_cache.entries[j]) for j in prefixes]
         order = sorted(range(len(prompts)), key=lambda i: (front[i] + len(prompts[i]) + new[i], i))
         for s in reversed(range(0, len(order), batch_size)):  # longest first: the others fit into its memory
             rows = order[s:s + batch_size]
@@ -351,8 +351,8 @@ class GPT(nn.Module):
     def check(self, prompts, new, prefixes=None, prefix_cache=None):
         """ValueError for an empty prompt, an id outside the vocabulary, or one that outgrows the context."""
         V, room = self.config.vocab_size, self.config.n_ctx
-        for n, p in enumerate(prompts):
-            size = len(p) + (prefix_cache.length(prefixes[n]) if prefixes and prefixes[n] is not None else 0)
+        for n, (p, j) in enumerate(zip(prompts, prefixes or [None] * len(prompts))):
+            size = len(p) + (0 if j is None else len(prefix_cache.entries[j]))
             if not p or min(p) < 0 or max(p) >= V:
                 raise ValueError(f"prompt {n} is empty, or holds an id outside the vocabulary of {V}")
             if size + new > room:
@@ -458,9 +458,6 @@ class PrefixCache:
             rows.append(i)
             self.blocks[i] = rows
 
-    def length(self, i):
-        return len(self.entries[i])
-
     @torch.inference_mode()
     def __getitem__(self, i):
         if i not in self.kv:
@@ -470,7 +467,7 @@ class PrefixCache:
             self.model.hidden(ids, lengths, cache)
             for b, j in enumerate(rows):
                 if j not in self.kv:
-                    self.kv[j] = cache.kv[:, :, b, :, :self.length(j)].clone()
+                    self.kv[j] = cache.kv[:, :, b, :, :len(self.entries[j])].clone()
                     self.bytes += self.kv[j].nbytes
         self.kv[i] = self.kv.pop(i)  # dicts keep the order of insertion: the oldest is the first
         while self.bytes > self.max_bytes and len(self.kv) > 1:
