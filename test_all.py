@@ -2275,14 +2275,13 @@ def test_a_prefix_has_the_same_bits_in_whatever_order_it_is_asked_for():
 
 
 def test_a_book_among_short_exemplars_is_not_worked_out_for_its_neighbours_sake():
-    for config in BOTH:
-        context = "n_positions" if config is GPT2 else "max_position_embeddings"
-        m = tiny(config, **{context: 300})
-        pool = [*ragged(*[10] * 6, seed=1), *ragged(150, 290, 400, seed=2)]  # the last fits no context
-        cache = model.PrefixCache(m, pool, tokens=300)
+    m = tiny(GPT2, n_positions=300)
+    pool = [*ragged(*[10] * 6, seed=1), *ragged(150, 290, 310, seed=2)]  # the last fits no context
+    for tokens, shapes in ((300, [(6, 10), (1, 150), (1, 290)]), (8192, [(8, 290)])):
+        cache = model.PrefixCache(m, pool, tokens=tokens)
         with patched(model.GPT, "hidden", autospec=True, side_effect=model.GPT.hidden) as hidden:
             assert [cache[i].shape[3] for i in range(8)] == list(map(len, pool[:8]))
-        assert [call.args[1].shape for call in hidden.call_args_list] == [(6, 10), (1, 150), (1, 290)]
+        assert [call.args[1].shape for call in hidden.call_args_list] == shapes
 
 
 def test_the_prefix_cache_forgets_what_was_not_used_lately():
@@ -2303,28 +2302,20 @@ def test_frozen_layers_pass_the_gradients_of_plain_ones():
     back."""
     torch.manual_seed(0)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
-        linear = model.Linear(48, 32).requires_grad_(False).to(dtype)
-        norm = model.RMSNorm(48, 1e-5).requires_grad_(False).to(dtype)
+        norm = model.RMSNorm(48, 1e-5)
         torch.nn.init.normal_(norm.weight)
-        for layer in (linear, norm):
-            found, x, up = [], 3 * torch.randn(70, 48), torch.randn(70, 32 if layer is linear else 48)
+        for layer, width in ((model.Linear(48, 32), 32), (norm, 48)):
+            found, layer = [], layer.to(dtype)
+            x, up = 3 * torch.randn(70, 48), torch.randn(70, width)
             for trains in (False, True):
                 leaf = x.to(dtype).requires_grad_()
                 y = layer.requires_grad_(trains)(leaf)
                 y.backward(up.to(dtype))
                 found.append((y.detach().float(), leaf.grad.float()))
-                if layer is linear:
+                if layer is not norm:
                     assert (layer.packed is not None) == (not trains and model.can_pack(dtype))
             for ours, theirs in zip(*found):
                 assert (ours - theirs).norm() <= tolerance * theirs.norm()
-    ids, where, targets, grads = torch.tensor(ragged(20, 20)), torch.arange(39), torch.arange(39), []
-    for trains in (False, True):  # a whole model, and its adapter's gradients
-        m = adapted().requires_grad_(trains)
-        some = lora.parameters(m)
-        [p.requires_grad_() for p in some]
-        m.loss(ids, where, targets).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in some]))
-    assert (grads[0] - grads[1]).norm() <= 1e-4 * grads[1].norm()
 
 
 def test_packed_weights_change_no_answer():
@@ -2333,9 +2324,7 @@ def test_packed_weights_change_no_answer():
 
     def ask(m, found):
         found.append((m.generate(prompts, 8, eos_ids=()), m.features(prompts)))
-
-    def copies(m):
-        return sum(getattr(x, "packed", None) is not None for x in m.modules())
+        return any(getattr(x, "packed", None) for x in m.modules())
 
     for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
         if not model.can_pack(dtype):
@@ -2350,11 +2339,11 @@ def test_packed_weights_change_no_answer():
             shaken(m)
             for change in (lambda m: None, lora.merge, lora.unmerge, lora.merge, lora.unmerge):
                 change(m)
-                ask(m, found)
-            assert bool(copies(m)) == packing
+                packed = ask(m, found)
+            assert packed == packing
             m.requires_grad_(True)
             m.loss(torch.tensor(ragged(8)), torch.tensor([1, 6]), torch.tensor([7, 8])).backward()
-            assert copies(m) == 0  # training holds none
+            assert not any(getattr(x, "packed", None) for x in m.modules())  # training holds none
             torch.optim.SGD(m.parameters(), 1.0).step()
             ask(m, found)
             with torch.no_grad():
@@ -2415,14 +2404,15 @@ def test_one_file_counts_more_than_shards_and_shards_are_read():
 @torch.no_grad()
 def test_buffers_of_any_type_and_names_without_a_prefix_are_read_as_transformers_reads_them():
     """Older checkpoints hold causal masks, positions and RoPE tables as if they were weights."""
-    kinds, block = (torch.float32, torch.bool, torch.uint8, torch.int64), "transformer.h.0.attn."
-    cases = [(LLAMA, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4).to(kind),
-                      "model.position_ids": torch.arange(9)}) for kind in kinds]
-    cases += [(GPT2, {block + "bias": torch.ones(8, 8).to(kind), block + "masked_bias": torch.tensor(-1e4)})
-              for kind in kinds]
+    llama = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+             "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4).half(),
+             "model.position_ids": torch.arange(9)}
+    gpt2 = {"transformer.h.0.attn.bias": torch.ones(8, 8).bool(),
+            "transformer.h.1.attn.bias": torch.ones(8, 8).byte(),
+            "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
     ids = torch.tensor(ragged(9))
-    for config, more in cases:
-        for prefix in ("", "transformer." if config is GPT2 else "model."):  # "": nothing is taken away
+    for config, more, top in ((LLAMA, llama, "model."), (GPT2, gpt2, "transformer.")):
+        for prefix in ("", top):  # "": nothing is taken away
             weights = {k.removeprefix(prefix): w for k, w in (random_weights(config) | more).items()}
             with folder() as d:
                 m = model.GPT.from_pretrained(write_tiny_folder(d, config, weights=weights))
@@ -2431,19 +2421,15 @@ def test_buffers_of_any_type_and_names_without_a_prefix_are_read_as_transformers
 
 def test_wrong_weights_are_refused_by_name_and_half_precision_is_read():
     for config, name in zip(BOTH, ("model.layers.1.mlp.up_proj.weight", "transformer.h.1.mlp.c_fc.weight")):
-        good = random_weights(config)
-        nan = good[name].clone()
-        nan[3, 3] = float("nan")
-        shapes = [str(tuple(shape)) for shape in (good[name].shape, good[name].shape[::-1])]
-        w = good[name]
-        cases = {"missing": {k: v for k, v in good.items() if k != name}, "finite": good | {name: nan},
-                 "no place": good | {name + "x": w + 0}, "shape": good | {name: w.t().contiguous()},
-                 "int8": good | {name: w.char()}, "float8_e4m3fn": good | {name: w.to(torch.float8_e4m3fn)}}
-        for word, weights in cases.items():
+        good, w = random_weights(config), random_weights(config)[name]
+        bad = {"finite": w.where(w < w.max(), math.nan), f"asks for {tuple(w.shape)}": w.t().contiguous(),
+               "int8": w.char(), "float8_e4m3fn": w.to(torch.float8_e4m3fn)}
+        bad = {word: good | {name: weight} for word, weight in bad.items()} | {
+            "missing": {k: v for k, v in good.items() if k != name}, "no place": good | {name + "x": w}}
+        for word, weights in bad.items():
             with folder() as d:
                 message = refused(model.GPT.from_pretrained, write_tiny_folder(d, config, weights=weights))
                 assert word in message and name in message, (word, message)
-                assert word != "shape" or all(shape in message for shape in shapes)
         for kind in (torch.float16, torch.bfloat16):
             with folder() as d:
                 weights = {k: w.to(kind) for k, w in good.items()}
@@ -2452,15 +2438,15 @@ def test_wrong_weights_are_refused_by_name_and_half_precision_is_read():
 
 
 PUBLISHED = {  # what config.json files on the Hub say beside the shapes, as written by transformers 2 to 4
-    "SmolLM2": LLAMA | {
+    "SmolLM2, Llama 2, unsloth": LLAMA | {
         "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "pretraining_tp": 1,
         "attention_dropout": 0.0, "initializer_range": 0.04, "torch_dtype": "bfloat16", "pad_token_id": 2,
-        "transformers_version": "4.40.1", "use_cache": True, "transformers.js_config": {"dtype": "q4"}},
+        "transformers_version": "4.40.1", "use_cache": True, "transformers.js_config": {"dtype": "q4"},
+        "max_length": 4096, "temperature": 0.9, "top_p": 0.6, "do_sample": True, "_name_or_path": "x",
+        "unsloth_version": "2024.9", "quantization_config": None, "partial_rotary_factor": 1.0},
     "Llama 3.2": LLAMA | {
         "rope_scaling": LLAMA3, "eos_token_id": [1, 3], "head_dim": 8, "mlp_bias": False,
-        "attention_bias": False, "_commit_hash": "4e20", "_name_or_path": "x"},
-    "Llama 2": LLAMA | {
-        "_name_or_path": "meta", "max_length": 4096, "temperature": 0.9, "top_p": 0.6, "do_sample": True},
+        "attention_bias": False, "_commit_hash": "4e20"},
     "Qwen2.5": QWEN2 | {
         "max_window_layers": 28, "sliding_window": 32, "use_mrope": False, "use_sliding_window": False,
         "rope_theta": 1000000.0},
@@ -2474,8 +2460,6 @@ PUBLISHED = {  # what config.json files on the Hub say beside the shapes, as wri
         "summary_first_dropout": 0.1, "task_specific_params": {"text-generation": {"max_length": 50}},
         "predict_special_tokens": True, "n_special": 0, "output_past": True, "_num_labels": 1,
         "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "reorder_and_upcast_attn": False},
-    "unsloth": LLAMA | {
-        "unsloth_version": "2024.9", "quantization_config": None, "partial_rotary_factor": 1.0},
     "rope, both spellings": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "rope, an older spelling": LLAMA | {"rope_scaling": {"type": "llama3"} | dict(list(LLAMA3.items())[1:])},
 }
@@ -2504,7 +2488,6 @@ def test_settings_this_decoder_does_not_do_are_refused_by_name():
     cases = [(LLAMA, {"model_type": "gemma"}), (LLAMA, {"hidden_act": "gelu"}),
              (LLAMA, {"sliding_window": 16}), (GPT2, {"n_embd": None}),
              (LLAMA, {"quantization_config": {"bits": 4}}), (LLAMA, {"partial_rotary_factor": 0.5}),
-             (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
              (LLAMA, {"rope_parameters": yarn}, "rope_type"), (LLAMA, {"rope_scaling": yarn}, "rope_type"),
              (LLAMA, {"rope_scaling": LLAMA3 | {"type": "default"}}, "rope_type"),
              (LLAMA, {"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "attention_factor"),
