@@ -489,8 +489,7 @@ HARMLESS = set("""
     num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
     no_repeat_ngram_size bad_words_ids num_return_sequences suppress_tokens begin_suppress_tokens
     remove_invalid_values""".split())
-HARMLESS_AT_1 = set("""scale_attn_weights partial_rotary_factor embedding_multiplier residual_multiplier
-    logits_scaling logit_scale""".split())
+HARMLESS_AT_1 = {"scale_attn_weights", "partial_rotary_factor"}
 
 
 class Settings:
@@ -796,7 +795,7 @@ def setup(args):
 
 
 def lesson():
-    """The default model answers, with and without the cache; two answers are weighed; features."""
+    """The default model answers, with and without the cache; two answers are weighed."""
     m, enc = GPT.from_pretrained("smollm2-135m"), data.load_tokenizer("smollm2-135m")
     n = sum(p.numel() for p in m.parameters())
     print(f"{m.config.n_layer} blocks, {n:,} weights, {m.config.vocab_size:,} tokens; float32 on the CPU\n")
@@ -816,7 +815,6 @@ def lesson():
     ids = [data.encode_answer(enc, example | {"output": a}) for a in answers]
     logp = m.answer_logprobs([question] * 2, ids)
     print("log p of an answer:", ", ".join(f"{a!r} {p:.1f}" for a, p in zip(answers, logp.tolist())))
-    print(f"features of two questions: {tuple(m.features([question, question[1:]]).shape)}")
 
 
 if __name__ == "__main__":
