@@ -120,7 +120,7 @@ def attend(q, k, v, mask=None):
     if fused:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, KV, G T, D)
     else:
-        y = (q * D**-0.5 @ k.transpose(2, 3) + mask).softmax(-1) @ v
+        y = ((q * D**-0.5) @ k.transpose(2, 3) + mask).softmax(-1) @ v
     return y.view(B, H, T, D)
 
 
@@ -280,9 +280,9 @@ class GPT(nn.Module):
         answers, new = [[] for _ in prompts], [max_new_tokens] * len(prompts)
         for rows, cache in self._batches(prompts, prefixes, prefix_cache, batch_size, new):
             ids, lengths = pad([prompts[i] for i in rows], self.device)
-            h = self.hidden(ids, lengths, cache)[range(len(rows)), lengths - 1]  # (B, C): of each last token
             alive = range(len(rows))
-            for step in range(max_new_tokens):
+            for _ in range(max_new_tokens):
+                h = self.hidden(ids, lengths, cache)[range(len(rows)), lengths - 1]  # (B, C): of last tokens
                 next_ids = pick_token(self.lm_head(h).float(), temperature, top_k, rng)  # (B,)
                 token = next_ids.tolist()
                 alive = [b for b in alive if token[b] not in eos]
@@ -290,13 +290,13 @@ class GPT(nn.Module):
                     answers[rows[b]].append(token[b])
                     if on_token:
                         on_token(rows[b], token[b])
-                if not alive or step == max_new_tokens - 1:
+                if not alive:
                     break
                 # copying the cache costs about a step: finished rows leave a quarter of the batch at a time
                 if len(alive) <= 0.75 * len(rows):
                     cache.keep(alive)
                     rows, next_ids, alive = [rows[b] for b in alive], next_ids[alive], range(len(alive))
-                h = self.hidden(next_ids[:, None], cache=cache)[:, 0]  # (B, C)
+                ids, lengths = next_ids[:, None], torch.ones_like(next_ids)
         return answers
 
     @torch.inference_mode()
