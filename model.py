@@ -335,7 +335,7 @@ class GPT(nn.Module):
         them, with room for each prompt and its new[i] further tokens."""
         prefixes = prefixes or [None] * len(prompts)
         front = [0 if j is None else len(prefix_cache.entries[j]) for j in prefixes]
-        order = sorted(range(len(prompts)), key=lambda i: (front[i] + len(prompts[i]) + new[i], i))
+        order = sorted(range(len(prompts)), key=lambda i: front[i] + len(prompts[i]) + new[i])
         for s in reversed(range(0, len(order), batch_size)):  # longest first: the others fit into its memory
             rows = order[s:s + batch_size]
             P, Q = max(front[i] for i in rows), max(len(prompts[i]) + new[i] for i in rows)
