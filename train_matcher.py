@@ -302,7 +302,7 @@ def report(r):
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
 
 # what the flags default to: for short answers, where these are labels, and with logprob in the reward
-SHORT = {"steps": 160, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "stop_prior": 0.0,
+SHORT = {"steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "stop_prior": 0.0,
          "rehearsal": 0}
 LABELS = SHORT | {"steps": 0, "rehearsal": 1000}
 FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8,
