@@ -223,7 +223,7 @@ def read_rows(path):
         yield from enumerate(read_json(path, list), 1)
     else:
         for n, line in read_lines(path):
-            yield n, parse_json(line, f"{path}, line {n} (neither a JSON list nor one object a line)")
+            yield n, parse_json(line, f"{path}, line {n} (not a JSON list, nor an object a line; CSV is not read)")
 
 
 def read_row(row, where, unread):
@@ -578,7 +578,7 @@ def read_lines(path):
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; save it as UTF-8") from None
+        raise UserError(f"{path}: not text in UTF-8; is it compressed, or binary?") from None
 
 
 def parse_json(text, where):

@@ -1409,8 +1409,8 @@ def test_nothing_in_a_row_is_passed_over_unsaid():
 def test_a_file_that_is_something_else_is_named_for_what_it_is():
     whole, raw = json.dumps(DATE), "\n".join(map(json.dumps, rows_of(3))).encode()
     formats = [
-        (b"\x1f\x8b\x08", "UTF-8"), (b"PK\x03\x04..", "JSON"), (raw.decode().encode("utf-16"), "UTF-8"),
-        (b"instruction,input,output\nhi,,ho\n", "JSON"), (raw + b'\n{"a": "\xe9"}', "not UTF-8")]
+        (b"\x1f\x8b\x08", "compressed"), (b"PK\x03\x04..", "JSON"), (raw.decode().encode("utf-16"), "UTF-8"),
+        (b"instruction,input,output\nhi,,ho\n", "CSV"), (raw + b'\n{"a": "\xe9"}', "not text in UTF-8")]
     rows = [
         (whole + "\n{oops\n" + whole, "line 2"), (whole + "\n\n[1]", "3"), ('{"messages": []}', "'messages'"),
         (whole + '\n{"instruction": "x"}', "'output'"), ('{"instruction": " ", "output": "x"}', "empty"),
