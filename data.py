@@ -2,7 +2,7 @@
 
 An example is a dict of three texts, {"instruction", "input", "output"}, and of a "group" where it belongs to
 one. A text is kept as it stands in its file; what cannot be read as it is meant is refused by name, or
-passed over in one line with a count.
+skipped and counted in one line.
 
 python data.py      # an example on its way to text, tokens and the loss; the sizes of the split
 
@@ -142,8 +142,8 @@ def styles(seed=0):
     """Made-up houses that each write dates, names, prices ... in a way of their own.
 
     The instruction names the house, never the rule, so only an exemplar of the same house *and* field shows
-    what to do. Phrasings, two words a field and a topic that means nothing see to it that likeness alone
-    often finds another exemplar: what to look at, and what to look past, has to be learnt.
+    what to do. Phrasings, synonyms and topics that mean nothing often make the nearest exemplar a wrong one:
+    what to look at, and what to look past, has to be learnt.
     120 houses (the rows' "group") x 8 fields x 3 examples, the first of every field first.
     """
     rng, examples = random.Random(seed), []
@@ -184,8 +184,8 @@ HARMLESS = {"group", "field", "category", "text", "id", "source"}  # may stand b
 def load_examples(name_or_path, flag="--data"):
     """'styles', a name in SOURCES, or a file of rows -> list of examples, every text as it stands there.
 
-    Of two spellings of a field the one that says something counts. Other fields and identical rows are passed
-    over, in one line with a count. UserError names file and row.
+    Of two spellings of a field the first that is not empty counts. Other fields and identical rows are
+    skipped, and counted in one line. UserError names file and row.
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name == "styles":
@@ -223,7 +223,8 @@ def read_rows(path):
         yield from enumerate(read_json(path, list), 1)
     else:
         for n, line in read_lines(path):
-            yield n, parse_json(line, f"{path}, line {n} (not a JSON list, nor an object a line; CSV is not read)")
+            where = f"{path}, line {n} (not a JSON list, nor an object a line; CSV is not read)"
+            yield n, parse_json(line, where)
 
 
 def read_row(row, where, unread):
@@ -251,17 +252,17 @@ def read_row(row, where, unread):
 # ---- the split -------------------------------------------------------------------------------------
 
 
-def same_question(example):
+def question_key(example):
     """A key that is equal for rows that ask the same: a question is never its own exemplar, nor is its copy.
     Capitals and indentation count; white space at the end does not."""
     return example["instruction"].rstrip(), example["input"].rstrip()
 
 
 def are_labels(questions, pool):
-    """Whether nearly every question's answer stands in the pool as another one's."""
-    rows = {(e["output"], same_question(e)) for e in pool}
+    """Whether over 90 % of the questions' answers also answer another question of the pool."""
+    rows = {(e["output"], question_key(e)) for e in pool}
     times = Counter(answer for answer, _ in rows)
-    known = [times[q["output"]] > ((q["output"], same_question(q)) in rows) for q in questions]
+    known = [times[q["output"]] > ((q["output"], question_key(q)) in rows) for q in questions]
     return np.mean(known) > 0.9
 
 
@@ -274,7 +275,7 @@ def split(examples, seed=0):
     """
     rng, first = random.Random(seed), {}
     for e in examples:
-        first.setdefault(same_question(e), e)
+        first.setdefault(question_key(e), e)
     rows, grouped = list(first.values()), sum("group" in e for e in first.values())
     n = len(rows)
     if n < len(examples):

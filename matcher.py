@@ -17,9 +17,9 @@ Both MLPs end in zeros, so among exemplars an untrained matcher takes the neares
 of its own (ours): a wrong exemplar is worse than none. exp(tau), how sharply the policy tells scores apart,
 is learnt; it starts where the pool makes it start (`sharpen`).
 
-An exemplar is *allowed* unless it asks the very question, was chosen before, or is not among the nearest
-`candidates`. The distribution is renormalised over what is allowed at every step, so log pi of a sequence
-of picks is the exact one (test_all.py enumerates every sequence).
+An exemplar is *allowed* unless it asks the very question, was chosen before, or is not among the
+`candidates` nearest by z. The distribution is renormalised over what is allowed at every step, so log pi of a
+sequence of picks is the exact one (test_all.py enumerates every sequence).
 
     python matcher.py      # the policy over a tiny pool, before and after one update
 
@@ -47,7 +47,7 @@ STOP = -1  # in a sequence of picks: "no further exemplar"
 
 
 class Encoded(NamedTuple):
-    """The pool as every question meets it, encoded once by `Matcher.encode`."""
+    """What the policy needs of the pool, worked out once by `Matcher.encode`."""
 
     v: torch.Tensor  # (n, C) unit vectors
     quality: torch.Tensor  # (n,) c_j
@@ -57,7 +57,7 @@ class Encoded(NamedTuple):
 class Matcher(nn.Module):
     """The two towers and the policy they make. B questions, K rollouts, m picks, n exemplars, C features.
 
-    candidates: how many of the nearest exemplars may be chosen; 0: the whole pool (see `narrow`).
+    candidates: how many of the nearest exemplars may be chosen; 0: the whole pool.
     """
 
     def __init__(self, C, hidden=256, candidates=0):
@@ -88,44 +88,54 @@ class Matcher(nn.Module):
         b, c = self.exemplar_tower(z).split([z.shape[1], 1], -1)  # (n, C), (n, 1)
         return Encoded(F.normalize(z + b, dim=-1), c[:, 0], z)
 
-    def scores(self, h, pool, chosen, allowed):
+    def narrow(self, h, encoded, allowed):
+        """Only the `candidates` nearest of the allowed exemplars (B, n) stay allowed: large pools stay
+        learnable."""
+        if not self.candidates:
+            return allowed
+        out = torch.zeros_like(allowed)
+        for row, near in zip(out, select_nearest(self.z(h), encoded.z, allowed, self.candidates)):
+            row[near] = True
+        return out
+
+    def scores(self, h, encoded, chosen, allowed):
         """Unnormalised log pi(. | s_t), (B, n + 1): a column per exemplar, then *stop*; -inf if not
         allowed.
 
         h (B, C) the questions' features; chosen (B, t) picks so far; allowed (B, n) bool.
         """
         z = self.z(h)
-        context = pool.z[chosen].mean(1) if chosen.shape[1] else torch.zeros_like(z)  # (B, C)
+        # chosen holds STOP, -1, where an episode is over; neither that row's context nor its scores are used
+        context = encoded.z[chosen].mean(1) if chosen.shape[1] else torch.zeros_like(z)  # (B, C)
         a, s = self.question_tower(torch.cat([z, context], -1)).split([z.shape[1], 1], -1)  # (B, C), (B, 1)
         u = F.normalize(z + a, dim=-1)
-        scores = torch.cat([u @ pool.v.t() + pool.quality, s], -1) * self.tau.exp()  # (B, n + 1)
+        scores = torch.cat([u @ encoded.v.t() + encoded.quality, s], -1) * self.tau.exp()  # (B, n + 1)
         allowed = F.pad(allowed, (0, 1), value=True)  # stopping is always allowed
-        # chosen holds STOP where an episode is over; neither that row's context nor its scores are looked at
         allowed = allowed.scatter(1, chosen.clamp(min=0), False)
         return scores.masked_fill(~allowed, float("-inf"))
 
-    def play(self, h, pool, allowed, shots, generator=None):
-        """Up to `shots` picks a question: the likeliest at each step, or sampled where a generator is given.
+    def play(self, h, encoded, allowed, shots, generator=None):
+        """Up to `shots` picks per question: the likeliest at each step, or sampled if a generator is given.
 
         -> picks (B, m), STOP from where an episode ended, and each pick's probability (B, m).
         """
         picks = torch.full((len(h), shots), STOP)
-        chances = torch.ones(len(h), shots)
+        chances, going = torch.ones(len(h), shots), torch.ones(len(h), dtype=torch.bool)
         for t in range(shots):
-            p = self.scores(h, pool, picks[:, :t], allowed).softmax(-1)  # (B, n + 1)
+            p = self.scores(h, encoded, picks[:, :t], allowed).softmax(-1)  # (B, n + 1)
             pick = p.argmax(-1) if generator is None else torch.multinomial(p, 1, generator=generator)[:, 0]
-            going = picks[:, t - 1] != STOP if t else torch.ones(len(h), dtype=torch.bool)
-            picks[:, t] = torch.where(going & (pick < p.shape[1] - 1), pick, STOP)
             chances[:, t] = torch.where(going, p.gather(1, pick[:, None])[:, 0], 1.0)
+            going = going & (pick < p.shape[1] - 1)  # the last column is *stop*
+            picks[:, t] = torch.where(going, pick, STOP)
         return picks, chances
 
     @torch.no_grad()
-    def sample(self, h, pool, allowed, shots, rollouts, generator):
+    def sample(self, h, encoded, allowed, shots, rollouts, generator):
         """K sampled episodes of each question: picks (B, K, m)."""
         h, allowed = h.repeat_interleave(rollouts, 0), allowed.repeat_interleave(rollouts, 0)
-        return self.play(h, pool, allowed, shots, generator)[0].unflatten(0, (-1, rollouts))
+        return self.play(h, encoded, allowed, shots, generator)[0].unflatten(0, (-1, rollouts))
 
-    def log_prob(self, h, pool, picks, allowed):
+    def log_prob(self, h, encoded, picks, allowed):
         """Exact log pi of whole episodes, picks (B, K, m) -> log pi (B, K) and entropy (B, K).
 
         log pi(p_1 .. p_m | x) = sum_t log pi(p_t | s_t), up to and including the stop; the entropy is the
@@ -133,46 +143,43 @@ class Matcher(nn.Module):
         """
         B, K, m = picks.shape
         h, allowed, picks = h.repeat_interleave(K, 0), allowed.repeat_interleave(K, 0), picks.flatten(0, 1)
-        log_pi = entropy = decisions = torch.zeros(B * K)
+        going = F.pad(picks[:, :-1] != STOP, (1, 0), value=True).float()  # (B K, m): decisions really taken
+        log_pi = entropy = torch.zeros(B * K)
         for t in range(m):
-            log_p = self.scores(h, pool, picks[:, :t], allowed).log_softmax(-1)  # (B K, n + 1)
-            pick = picks[:, t] % log_p.shape[1]  # STOP is the last column
-            taken = (picks[:, t - 1] != STOP).float() if t else torch.ones(B * K)
-            log_pi = log_pi + taken * log_p.gather(1, pick[:, None])[:, 0]
-            entropy = entropy - taken * (log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # 0 log 0 = 0
-            decisions = decisions + taken
-        return log_pi.view(B, K), (entropy / decisions).view(B, K)
+            log_p = self.scores(h, encoded, picks[:, :t], allowed).log_softmax(-1)  # (B K, n + 1)
+            log_pi = log_pi + going[:, t] * log_p[range(B * K), picks[:, t]]  # STOP, -1, is the last column
+            entropy = entropy - going[:, t] * (log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)  # 0 log 0 = 0
+        return log_pi.view(B, K), (entropy / going.sum(1)).view(B, K)
 
     # ---- where learning starts
 
     @torch.no_grad()
-    def sharpen(self, h, pool, allowed, nats=0.7):
+    def sharpen(self, h, encoded, allowed, nats=0.7):
         """Set exp(tau) so that the first choice of questions h (B, C) has an entropy of `nats` in the mean.
 
-        A scale that tells 100 exemplars apart is a whisper among 5,000: sampled picks are then far worse
-        than the likeliest, and REINFORCE relearns what nearness knew. Halving the interval, since entropy
-        falls with tau.
+        A scale that suits 100 exemplars is too flat for 5,000: sampled picks are then far worse than the
+        likeliest, and REINFORCE relearns what nearness knew. By bisection, since entropy falls with tau.
         """
         none, low, high = torch.zeros(len(h), 0, dtype=torch.long), 0.0, 7.0
         for _ in range(20):
             self.tau.fill_((low + high) / 2)
-            p = self.scores(h, pool, none, allowed).softmax(-1)
+            p = self.scores(h, encoded, none, allowed).softmax(-1)
             flat = torch.special.entr(p).sum(-1).mean() > nats
             low, high = (float(self.tau), high) if flat else (low, float(self.tau))
 
     @torch.no_grad()
     def stop_below(self, t):
         """Set the score of *stop* so that the likeliest first pick, before anything is learnt, is that of
-        `select_threshold` with this t. Untouched it is 0, so far below any neighbour's cosine that *stop* is
-        hardly ever tried, and never learnt."""
+        `select_threshold` with this t. Untouched it is 0, so far below the nearest's cosine that *stop* is
+        hardly ever tried, or learnt."""
         self.question_tower[-1].bias[-1] = t
 
     @torch.no_grad()
-    def set_stop_prior(self, p, h, pool, allowed):
+    def set_stop_prior(self, p, h, encoded, allowed):
         """Set the score of *stop* so that the policy, before it learns, stops at once with probability p
-        for the median question."""
+        for the median question, at the scale that `sharpen` set."""
         none = torch.zeros(len(h), 0, dtype=torch.long)
-        others = self.scores(h, pool, none, allowed)[:, :-1].logsumexp(-1)  # (B,)
+        others = self.scores(h, encoded, none, allowed)[:, :-1].logsumexp(-1)  # (B,)
         self.stop_below((others.median() + math.log(p / (1 - p))) / self.tau.exp())
 
 
@@ -180,10 +187,10 @@ class Matcher(nn.Module):
 
 
 def where_asked(pool):
-    """{question: the exemplars that ask it}, for `allowed_exemplars`; made once a pool."""
+    """{question: the exemplars that ask it}, for `allowed_exemplars`; made once per pool."""
     asked = {}
     for j, exemplar in enumerate(pool):
-        asked.setdefault(data.same_question(exemplar), []).append(j)
+        asked.setdefault(data.question_key(exemplar), []).append(j)
     return asked
 
 
@@ -191,19 +198,8 @@ def allowed_exemplars(questions, asked, n):
     """(B, n) bool over the pool's first n exemplars: all but those that ask the very question."""
     allowed = torch.ones(len(questions), n, dtype=torch.bool)
     for b, question in enumerate(questions):
-        allowed[b, [j for j in asked.get(data.same_question(question), []) if j < n]] = False
+        allowed[b, [j for j in asked.get(data.question_key(question), []) if j < n]] = False
     return allowed
-
-
-def narrow(z, z_pool, allowed, k):
-    """Only the k nearest of the allowed exemplars (B, n) stay allowed; k = 0: all. Keeps large pools
-    learnable."""
-    if not k:
-        return allowed
-    out = torch.zeros_like(allowed)
-    for row, near in zip(out, select_nearest(z, z_pool, allowed, k)):
-        row[near] = True
-    return out
 
 
 # ---- selectors, the matcher and those it has to beat: each at most `shots` pool indices per question
@@ -211,12 +207,12 @@ def narrow(z, z_pool, allowed, k):
 
 @torch.no_grad()
 def select_likeliest(matcher, h, h_pool, allowed, shots):
-    """The matcher's greedy picks, a list of pool indices a question; some questions at a time bound the
+    """The matcher's greedy picks, a list of pool indices per question; some questions at a time bound the
     memory."""
-    pool, picks = matcher.encode(h_pool), []
+    encoded, picks = matcher.encode(h_pool), []
     for some, rows in zip(h.split(at_once(h_pool)), allowed.split(at_once(h_pool))):
-        rows = narrow(matcher.z(some), pool.z, rows, matcher.candidates)
-        picks += as_lists(matcher.play(some, pool, rows, shots)[0])
+        rows = matcher.narrow(some, encoded, rows)
+        picks += as_lists(matcher.play(some, encoded, rows, shots)[0])
     return picks
 
 
@@ -252,8 +248,8 @@ def similarity(z, z_pool, picks):
 def tune_threshold(cosine, gain):
     """The t for which "an exemplar where cosine (N,) > t, else none" gains most, summed over questions.
 
-    gain (N,): reward behind the nearest exemplar minus reward behind none, on training questions. The control
-    that a trained matcher has to beat where it learns only *when* to take an exemplar.
+    gain (N,): reward with the nearest exemplar minus reward without, on training questions. The control that
+    a trained matcher has to beat where it learns only *when* to take an exemplar.
     """
     order = torch.argsort(cosine, descending=True)
     total = F.pad(gain[order].cumsum(0), (1, 0))  # (N + 1,): the gain of taking the first 0, 1 .. N
@@ -402,7 +398,7 @@ def lesson():
     print(f"\nThe probabilities of all {len(every)} sequences of up to two picks add up to {total:.6f}.")
     print("Now p1 earns 1, p0 earns 0: one step along (R - b) grad log pi, b the other rollout's reward.\n")
     log_pi, _ = matcher.log_prob(h, matcher.encode(h_pool), torch.tensor([[[1], [0]]]), allowed)  # (1, 2)
-    (-(torch.tensor([[1.0, -1.0]]) * log_pi).mean()).backward()
+    (-torch.tensor([[1.0, -1.0]]) * log_pi).mean().backward()
     torch.optim.SGD(matcher.parameters(), lr=0.02).step()
     show("after the update:")
 

@@ -2,23 +2,23 @@
 The reinforcement-learning half of PILLOW: rewards, the language model as an environment, the baseline.
 
 An episode is one question. The matcher picks exemplars until it stops; exemplars and question go to the
-LoRA-tuned language model; how good its answer is, or how likely the reference, is the reward, once, at the
-end. The update is plain REINFORCE (Williams 1992) with the leave-one-out baseline (Kool et al. 2019): with
-K rollouts of one question
+LoRA-tuned language model; the reward, once, at the end, is how good its answer is, or how likely the
+reference. The update is plain REINFORCE (Williams 1992) with the leave-one-out baseline (Kool et al. 2019):
+with K rollouts of one question
 
     grad = 1/K sum_k (R_k - b_k) grad log pi(picks_k | question),    b_k = mean of the other K - 1 rewards
 
 b_k does not depend on picks_k, so the gradient stays unbiased, and a question whose rollouts all earned the
 same teaches nothing, as it should. One term stands beside it: the policy's entropy is held up where it
-falls below a floor, for a policy that is sure of itself tries nothing any more. No critic, no ratio clipped
-as in PPO, no division by the standard deviation.
+falls below a floor, for a policy that is certain explores no more. No critic, no ratio clipped as in PPO, no
+division by the standard deviation.
 
 The language model is by far the dearest part and greedy decoding is deterministic: `Environment` remembers
 the outcome of every (question, exemplars in order), so it is asked only about what was never tried before.
 
     python rl.py      # a bandit of four arms: the gradient and the curve, with and without the baseline
 
-Left out on purpose: PPO, reward models, rewards for partial answers.
+Left out on purpose: PPO, reward models, rewards before the end.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def exact(answer, reference):
 
 
 def words(text):
-    """Lower-cased runs of letters, digits and their marks; of a text without any, its symbols."""
+    """Lower-cased runs of letters, digits and their marks; where there are none, the symbols."""
     text = data.canonical(text).lower()
     spaced = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
     return spaced or [c for c in text if not c.isspace()]
@@ -53,8 +53,7 @@ def rouge_l(answer, reference):
     """ROUGE-L F1 (Lin 2004): 2PR / (P + R) with P, R = longest common subsequence of words / words of
     either text.
 
-    The words of English are those of the usual implementation, without stemming. Two empty texts agree
-    (1.0)."""
+    English splits as in the usual implementation, without stemming. Two empty texts agree (1.0)."""
     a, b = words(answer), words(reference)
     if not a or not b:
         return float(a == b)
@@ -67,7 +66,7 @@ def rouge_l(answer, reference):
 
 
 SCORES = {"exact": exact, "rouge": rouge_l}  # of an answer in words, 0 to 1
-# Of the reference, so no answer is needed: its log-likelihood a token, and the probability of the whole. The
+# They need the reference only, no answer: its log-likelihood per token, and its probability. The
 # probability is what `exact` would be on average if answers were sampled, without the noise of sampling.
 LIKELIHOODS = "logprob", "prob"
 
@@ -90,7 +89,7 @@ def parse_reward(text):
 
 
 class Environment:
-    """Outcomes of a merged language model behind chosen exemplars, each worked out once.
+    """Outcomes of a merged language model with chosen exemplars in front, each worked out once.
 
     pool: examples; max_new_tokens: length limit of an answer; fingerprint: names the model and adapter;
     memo_path: a JSONL file of outcomes, shared between runs. `asked` holds the distinct calls of this run,
@@ -110,25 +109,24 @@ class Environment:
         self.asked, self.dropped = set(), 0
 
     def score(self, weights, questions, picks, progress=None):
-        """R = sum of weight * score over `weights`, of each question behind its picks: (N,) float64 array."""
+        """R = sum of weight * score over `weights`, of each question after its picks: (N,) float64 array."""
         total = np.zeros(len(questions))
         for name, weight in weights.items():
             if name in SCORES:
                 answers = self.outcomes("answer", questions, picks, progress)
                 score = [SCORES[name](answer, q["output"]) for (answer, _), q in zip(answers, questions)]
             else:
-                score = self.outcomes("logprob", questions, picks, progress)  # a token
+                score = self.outcomes("logprob", questions, picks, progress)  # per token
             if name == "prob":
                 score = np.exp(score) ** [len(data.encode_answer(self.enc, q)) for q in questions]
             total += weight * np.array(score)
         return total
 
     def outcomes(self, kind, questions, picks, progress=None):
-        """kind "answer": [greedy answer, cut short?]; "logprob": log-likelihood a token of the reference."""
+        """kind "answer": [greedy answer, cut short?]; "logprob": the reference's log-likelihood per token."""
         keys = [self.key(kind, q, p) for q, p in zip(questions, picks)]
         self.asked.update(keys)
-        # the first question of each new key, in the order of asking
-        new = sorted({k: i for i, k in reversed(list(enumerate(keys))) if k not in self.memo}.values())
+        new = list({k: i for i, k in enumerate(keys) if k not in self.memo}.values())  # one of each new key
         quiet = not (new and progress) or self.ddp.rank > 0
         bar = tqdm(total=len(new), desc=progress, unit="call", leave=False, disable=quiet)
         for s in range(0, len(new), 256):  # an interruption loses at most one chunk
@@ -158,11 +156,11 @@ class Environment:
             return [[text, len(a) == self.max_new_tokens] for text, a in zip(texts, answers)]
         total = self.model.answer_logprobs(list(ids), references, **behind)
         if not torch.isfinite(total).all():
-            raise data.UserError(f"the likelihood of an answer is {total.min().item()}")
+            raise data.UserError(f"a reference's log-likelihood is {total.min().item()}; try --dtype float32")
         return [t / len(r) for t, r in zip(total.tolist(), references)]
 
     def prompt(self, question, picks, new):
-        """exemplars ⊕ question -> (the first exemplar, which is cached, or None; ids of all the rest; how
+        """exemplars + question -> (index of the first, which is cached, or None; ids of all the rest; how
         many exemplars were dropped, last-chosen first, until `new` more tokens fit into the context)."""
         ids = data.encode_query(self.enc, question)
         room = self.model.config.n_ctx - new - len(ids)
@@ -199,13 +197,14 @@ class Copying:
 
 
 def leave_one_out(rewards):
-    """rewards (B, K) -> advantages (B, K): each reward minus the mean of the other K - 1 of its question."""
+    """rewards (B, K) -> advantages (B, K): each reward minus the mean of the other K - 1 of its question,
+    which is (R_k - mean of all K) K / (K - 1)."""
     K = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * (K / (K - 1))
 
 
 def entropy_floor(entropy, floor=0.3, weight=0.05):
-    """A loss that holds the policy's mean entropy up below `floor` nats, and leaves it alone above."""
+    """A loss that pushes the mean entropy up while it is below `floor` nats; else zero."""
     return weight * (floor - entropy.mean()).clamp(min=0)
 
 
@@ -215,7 +214,7 @@ def entropy_floor(entropy, floor=0.3, weight=0.05):
 def best_fixed(env, weights, questions, allowed, seed, tried=16):
     """Of `tried` random exemplars the one that serves all questions best, whatever they ask: a baseline.
 
-    By successive halving: all on 8 questions each, the better quarter on 32, and so on. allowed (N, n)
+    By successive halving: all on 8 questions each, the best quarter on 32, and so on. allowed (N, n)
     bool: where it is not allowed, a question goes without. Returns pool indices, best first.
     """
     rng = np.random.default_rng(seed)

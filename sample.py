@@ -32,7 +32,7 @@ SELECTORS = ("pillow", "knn", "threshold", "bm25", "random", "none")
 
 @dataclass
 class Chooser:
-    """What choosing needs: the pool, what every question meets of it, and the selectors' settings."""
+    """What choosing needs: the pool, its encoding, and the selectors' settings."""
 
     matcher: matching.Matcher
     pool: list  # examples
@@ -54,18 +54,16 @@ class Chooser:
         allowed = matching.allowed_exemplars([question], self.where_asked, len(self.pool))  # (1, n)
         z, z_pool = self.matcher.z(h), self.encoded.z
         if select == "pillow":
-            allowed = matching.narrow(z, z_pool, allowed, self.matcher.candidates)
+            allowed = self.matcher.narrow(h, self.encoded, allowed)
             picks, chances = self.matcher.play(h, self.encoded, allowed, self.shots)
             return matching.as_lists(picks)[0], chances[0].tolist()
-        if select == "knn":
-            return matching.select_nearest(z, z_pool, allowed, self.shots)[0], None
-        if select == "threshold":
-            return matching.select_threshold(z, z_pool, allowed, self.shots, self.threshold)[0], None
-        if select == "bm25":
-            return self.bm25.select([data.query_text(question)], allowed, self.shots)[0], None
-        if select == "random":
-            return matching.select_random(allowed, self.shots, self.rng)[0], None
-        return [], None  # "none"
+        others = {
+            "knn": lambda: matching.select_nearest(z, z_pool, allowed, self.shots),
+            "threshold": lambda: matching.select_threshold(z, z_pool, allowed, self.shots, self.threshold),
+            "bm25": lambda: self.bm25.select([data.query_text(question)], allowed, self.shots),
+            "random": lambda: matching.select_random(allowed, self.shots, self.rng),
+            "none": lambda: [[]]}
+        return others[select]()[0], None
 
     def likeness(self, question, h):
         """Similarity of the nearest exemplar."""
@@ -76,7 +74,7 @@ class Chooser:
         """The policy's first step: the k likeliest exemplars, their similarity and rank as neighbours."""
         z, z_pool = self.matcher.z(h), self.encoded.z
         allowed = matching.allowed_exemplars([question], self.where_asked, len(self.pool))
-        allowed = matching.narrow(z, z_pool, allowed, self.matcher.candidates)
+        allowed = self.matcher.narrow(h, self.encoded, allowed)
         p = self.matcher.scores(h, self.encoded, torch.zeros(1, 0, dtype=torch.long), allowed).softmax(-1)[0]
         cosine = torch.nn.functional.cosine_similarity(z, z_pool).masked_fill(~allowed[0], -1.0)  # (n,)
         print("        p  similarity  rank")
@@ -133,8 +131,8 @@ def ask(env, chooser, question, args):
         if select == "pillow" and picks:
             likeness = chooser.likeness(question, h)
             if likeness < chooser.threshold:
-                print(f"(nothing in the pool is like this question: similarity {likeness:.2f}; on "
-                      f"training questions exemplars helped above {chooser.threshold:.2f})")
+                print(f"(the nearest exemplar's similarity is {likeness:.2f}; on training questions "
+                      f"exemplars helped above {chooser.threshold:.2f})")
         answer(env, question, picks, chances, args)
 
 

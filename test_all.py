@@ -468,12 +468,17 @@ def test_a_question_never_meets_itself_and_candidates_are_the_nearest_of_the_all
     assert (~matcher.allowed_exemplars([pool[2]], asked, 8)).nonzero().tolist() == [[0, 2], [0, 7]]
     z_pool, z = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [1, 1]]), torch.tensor([[1.0, 0.1], [-1, 0.1]])
     everything = torch.ones(2, 4, dtype=torch.bool)
-    near = matcher.narrow(z, z_pool, everything, 2)
+
+    def narrow(allowed, k):
+        m = matcher.Matcher(2, candidates=k)
+        return m.narrow(z, m.encode(z_pool), allowed)
+
+    near = narrow(everything, 2)
     assert near.tolist() == [[True, False, False, True], [False, True, True, False]]
     some = torch.tensor([[False, True, True, True], [True, True, False, True]])
-    near = matcher.narrow(z, z_pool, some, 1)
+    near = narrow(some, 1)
     assert near.tolist() == [[False, False, False, True], [False, True, False, False]]
-    assert matcher.narrow(z, z_pool, some, 0) is some and matcher.narrow(z, z_pool, everything, 99).all()
+    assert narrow(some, 0) is some and narrow(everything, 99).all()
 
 
 def test_bm25_by_hand():
@@ -1170,7 +1175,7 @@ def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
     ids, where, targets, lengths = batch_by_hand()
     assert ids.tolist() == [[5, 6, 7, 8, 2, 2, 4, 3], [5, 6, 7, 8, 0, 0, 0, 0]] and lengths.tolist() == [8, 4]
     assert where.tolist() == [1, 2, 3, 6, 7, 9, 10, 11] and targets.tolist() == [7, 8, 9, 3, 9, 7, 8, 9]
-    same, *own, _ = batch_by_hand(exemplars_count=False)
+    same, *own, _ = batch_by_hand(train_on_exemplars=False)
     assert torch.equal(same, ids) and [t.tolist() for t in own] == [[6, 7, 9, 10, 11], [3, 9, 7, 8, 9]]
     begun = batch_by_hand(begin=[1])
     assert begun[0].tolist() == [[1, 5, 6, 7, 8, 2, 2, 4, 3], [1, 5, 6, 7, 8, 0, 0, 0, 0]]
@@ -1338,15 +1343,15 @@ def test_splits_share_no_question_and_say_what_they_leave_out():
     rows = rows_of(200)
     for seed in (0, 1):
         parts, said = said_by(data.split, rows + [e | {"output": "another"} for e in rows[:7]], seed)
-        questions = [data.same_question(e) for part in PARTS for e in parts[part]]
+        questions = [data.question_key(e) for part in PARTS for e in parts[part]]
         assert len(questions) == len(set(questions)) == 200 and all(parts[part] for part in PARTS)
         assert parts["pool_sizes"] == dict.fromkeys(("train", "val", "test"), len(parts["lora_train"]))
         assert parts == data.split(rows, seed)  # of rows that ask the same the first is kept
         assert said.count("\n") == 1 and re.search(r"\b7\b", said)
     assert "20" in refused(data.split, rows_of(19))
     inputs = "x = 1", "X = 1", "x =  1", " x = 1", "if a:\n    x = 1", "if a:\n  x = 1"
-    assert len({data.same_question(DATE | {"input": text}) for text in inputs}) == len(inputs)
-    assert data.same_question(DATE | {"input": "2021-03-09\n", "output": ""}) == data.same_question(DATE)
+    assert len({data.question_key(DATE | {"input": text}) for text in inputs}) == len(inputs)
+    assert data.question_key(DATE | {"input": "2021-03-09\n", "output": ""}) == data.question_key(DATE)
 
 
 def test_groups_are_split_whole_and_their_first_third_joins_the_pool_stage_by_stage():
@@ -2929,7 +2934,7 @@ def test_a_pool_of_ones_own_is_used_and_a_question_never_meets_its_own_answer():
         def recorded(env, kind, questions, picks, *more):
             for question, row in zip(questions, picks):
                 assert len({data.digest(env.pool[p]) for p in row}) == len(row)
-                seen.extend((data.same_question(question), data.same_question(env.pool[p])) for p in row)
+                seen.extend((data.question_key(question), data.question_key(env.pool[p])) for p in row)
             return outcomes(env, kind, questions, picks, *more)
 
         with patched(rl.Environment, "outcomes", recorded):
@@ -3051,7 +3056,7 @@ def test_sample_chooses_as_training_did_and_answers_as_the_lora_model_does():
         lora.merge(m)
         h, h_pool = (m.features([data.encode_query(enc, e) for e in rows]) for rows in ([question], pool))
         encoded, allowed = policy.encode(h_pool), torch.ones(1, len(pool), dtype=torch.bool)
-        allowed = matcher.narrow(policy.z(h), encoded.z, allowed, policy.candidates)
+        allowed = policy.narrow(h, encoded, allowed)
         picks, chances = policy.play(h, encoded, allowed, settings["shots"])
         picks = matcher.as_lists(picks)[0]
         shown = [f"{sample.line(pool[p])}  p = {chance:.2f}" for p, chance in zip(picks, chances[0])]

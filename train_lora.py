@@ -7,7 +7,7 @@ Fine-tune a language model with LoRA, on examples that have other examples in fr
     python train_lora.py --full --share_nearest 0 --share_random 0    # full fine-tuning, to compare with
     torchrun --nproc_per_node=2 train_lora.py          # data-parallel, the same losses
 
-An ordinary LoRA never sees an exemplar, and then one in front of the question does no good, or harm. So some
+An ordinary LoRA never sees an exemplar, and then one in front of the question is no help, or harms. So some
 training examples get one: the nearest other training example (of the same group, where rows name one), or a
 random one (which teaches when *not* to copy), or none. --share_nearest 0 --share_random 0 is plain LoRA. The
 loss is on answers and their end tokens only: the question's, and those of the exemplars in front of it.
@@ -40,7 +40,7 @@ class Texts:
     answers: list  # ids of each answer, end token last
     n: int  # how many are training examples; the others are held out
     near: Callable  # near(i): the examples nearest to i, nearest first
-    shares: tuple  # share of examples behind their nearest, behind random ones
+    shares: tuple  # share of examples that get their nearest in front, that get random ones
     shots: int
     enc: object
 
@@ -58,7 +58,7 @@ class Texts:
                 fronts.append([])
         return fronts
 
-    def batch(self, rows, fronts, device, exemplars_count=True):
+    def batch(self, rows, fronts, device, train_on_exemplars=True):
         """-> ids (B, T), where (N,) flat positions whose next token is an answer's, targets (N,) those
         tokens, lengths (B,).
 
@@ -71,10 +71,10 @@ class Texts:
             ids = []
             for j in [*front, i]:
                 ids = ids + between + self.questions[j][begin:] if ids else self.questions[j]
-                if exemplars_count or j == i:
+                if train_on_exemplars or j == i:
                     spots.append((b, len(ids) - 1, len(self.answers[j])))
                     targets += self.answers[j]
-                ids = ids + self.answers[j][:-1]  # nothing is predicted after the end token
+                ids = ids + self.answers[j][:-1]  # the end token is a target, never an input
             sequences.append(ids)
         ids, lengths = pad(sequences, device)
         where = [b * ids.shape[1] + first + t for b, first, n in spots for t in range(n)]
@@ -102,7 +102,7 @@ def learning_rate(step, steps, peak, warmup):
 
 @torch.inference_mode()
 def held_out_loss(model, texts, ddp):
-    """Mean loss of an answer token of held-out questions, behind exemplars in the training shares.
+    """Mean loss per answer token of held-out questions, with exemplars in the training shares.
 
     The exemplars' own answers do not count: without groups they are training answers, better memorised the
     longer it goes on."""
@@ -205,8 +205,8 @@ def read_flags():
     p.add_argument("--alpha", type=number(float, 0), default=16, help="the update is scaled by alpha / r")
     p.add_argument("--targets", default="all", help="layers with an adapter, as q_proj,v_proj")
     p.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0, help="dropout in front of A")
-    p.add_argument("--share_nearest", type=number(float, 0, 1), default=0.7, help="share behind the nearest")
-    p.add_argument("--share_random", type=number(float, 0, 1), default=0.1, help="share behind random ones")
+    p.add_argument("--share_nearest", type=number(float, 0, 1), default=0.7, help="share after the nearest")
+    p.add_argument("--share_random", type=number(float, 0, 1), default=0.1, help="share after random ones")
     p.add_argument("--shots", type=number(int, 1, 16), default=1, help="the most exemplars an example")
     p.add_argument("--max_tokens", type=number(int, 8), default=256, help="longest question + answer kept")
     p.add_argument("--eval_every", type=number(int, 1), default=32, help="steps between checkpoints")

@@ -9,8 +9,9 @@ Train the matching network with REINFORCE, then compare it with every other way 
 
 Data, split and model come from the adapter in out/lora, so nothing that the LoRA was trained on is asked
 here. Features are those of the LoRA-tuned model, computed once and cached. Where answers are labels, a
-rehearsal on a free reward comes first (see `rehearse`). The matcher kept is the one with the best greedy
-reward on validation questions; test questions are opened once, at the end, for all selectors together.
+rehearsal on a free reward is all the training there is by default (see `rehearse`). The matcher kept is the
+one with the best greedy reward on validation questions; test questions are opened once, at the end, for all
+selectors together.
 """
 
 import time
@@ -33,10 +34,10 @@ from model import GPT, setup
 class Task:
     """What there is to choose from, what is asked, and who answers. Parts are "train", "val" and "test"."""
 
-    pool: list  # exemplars; a part may choose from the first n[part] of them
+    pool: list  # exemplars; a part may choose from the first pool_sizes[part]
     questions: dict  # {part: examples}
     h: dict  # {part, or "pool": features (N, C)}
-    n: dict
+    pool_sizes: dict  # {part: n}
     env: rl.Environment
     reward: dict  # {name: weight}
     shots: int
@@ -47,21 +48,21 @@ class Task:
     def allowed(self, part, rows=None):
         """(B, n) bool: the exemplars that questions `rows` of a part may get (None: of all its questions)."""
         questions = self.questions[part] if rows is None else [self.questions[part][i] for i in rows]
-        return matching.allowed_exemplars(questions, self.where_asked, self.n[part])
+        return matching.allowed_exemplars(questions, self.where_asked, self.pool_sizes[part])
 
     @property
     def headline(self):
-        """The metric that decides the comparison: the reward, of a mix the first; exact match for "prob"."""
+        """The metric that decides the comparison: the reward's first part, but "exact" in place of "prob"."""
         first = next(iter(self.reward))
         return "exact" if first == "prob" else first
 
     def h_pool(self, part):
-        return self.h["pool"][: self.n[part]]
+        return self.h["pool"][: self.pool_sizes[part]]
 
 
 @dataclass
 class Progress:
-    """What a resumed run goes on from, beside the weights."""
+    """What a resumed run goes on from, besides the weights."""
 
     step: int = 0
     best: float = -float("inf")
@@ -75,25 +76,26 @@ def reinforce(task, matcher, optimizer, rng, batch_size, rollouts):
     """One update, on `batch_size` training questions with K = `rollouts` each -> its figures."""
     rows = torch.randperm(len(task.questions["train"]), generator=rng)[:batch_size]
     h = task.h["train"][rows]  # (B, C)
-    pool = matcher.encode(task.h_pool("train"))
-    allowed = task.allowed("train", rows)  # (B, n)
-    allowed = matching.narrow(matcher.z(h), pool.z, allowed, matcher.candidates)
-    picks = matcher.sample(h, pool, allowed, task.shots, rollouts, rng)  # (B, K, m)
+    encoded = matcher.encode(task.h_pool("train"))
+    allowed = matcher.narrow(h, encoded, task.allowed("train", rows))  # (B, n)
+    picks = matcher.sample(h, encoded, allowed, task.shots, rollouts, rng)  # (B, K, m)
     questions = [task.questions["train"][i] for i in rows for _ in range(rollouts)]
-    rewards = task.env.score(task.reward, questions, matching.as_lists(picks))
+    chosen = matching.as_lists(picks)
+    rewards = task.env.score(task.reward, questions, chosen)
     rewards = torch.from_numpy(rewards).view(len(rows), -1)  # (B, K)
 
     advantage = rl.leave_one_out(rewards)
-    log_pi, entropy = matcher.log_prob(h, pool, picks, allowed)  # (B, K)
+    log_pi, entropy = matcher.log_prob(h, encoded, picks, allowed)  # (B, K)
     loss = -(advantage * log_pi).mean() + rl.entropy_floor(entropy)
     optimizer.zero_grad()
     loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(matcher.parameters(), 1.0, error_if_nonfinite=True)
     optimizer.step()
     return {"reward": rewards.mean().item(), "loss": loss.item(),
+            # the share of questions whose rollouts all earned the same
             "no_signal": (rewards == rewards[:, :1]).all(1).double().mean().item(),
             "entropy": entropy.mean().item(), "grad_norm": grad_norm.item(), "calls": len(task.env.asked),
-            **rl.collapse_figures(matching.as_lists(picks), task.n["train"])}
+            **rl.collapse_figures(chosen, task.pool_sizes["train"])}
 
 
 def decay(optimizer, lr, done):
@@ -138,13 +140,13 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
 def begin(task, matcher, args):
     """Where REINFORCE starts: as sharp as the pool asks for, rehearsed if it helps, validated -> Progress."""
     matcher.standardise(task.h_pool("train"))
-    h, pool = task.h["train"][:256], matcher.encode(task.h_pool("train"))
-    allowed = matching.narrow(matcher.z(h), pool.z, task.allowed("train", range(len(h))), matcher.candidates)
+    h, encoded = task.h["train"][:256], matcher.encode(task.h_pool("train"))
+    allowed = matcher.narrow(h, encoded, task.allowed("train", range(len(h))))
     if args.stop_prior is None:  # start as the threshold selector
         matcher.stop_below(threshold_on_training(task, matcher))
-    matcher.sharpen(h, pool, allowed)
+    matcher.sharpen(h, encoded, allowed)
     if args.stop_prior:
-        matcher.set_stop_prior(args.stop_prior, h, pool, allowed)
+        matcher.set_stop_prior(args.stop_prior, h, encoded, allowed)
     held_out, figures = validate(task, matcher)
     print(f"step    0  held-out {held_out:.3f} (untrained)")
     if args.rehearsal:
@@ -161,7 +163,7 @@ def begin(task, matcher, args):
 
 
 def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
-    """REINFORCE against a model that only copies the exemplar's answer, before the real one is asked.
+    """REINFORCE against a model that only copies the exemplar's answer; the real one only validates.
 
     Where answers are labels this tells most of what a choice is worth, and it is free: the language model's
     rewards are dear, so few, and few are mostly noise."""
@@ -177,15 +179,15 @@ def validate(task, matcher):
     h, h_pool, allowed = task.h["val"], task.h_pool("val"), task.allowed("val")
     picks = matching.select_likeliest(matcher, h, h_pool, allowed, task.shots)
     reward = task.env.score(task.reward, task.questions["val"], picks, "validation").mean()
-    return float(reward), rl.collapse_figures(picks, task.n["val"])
+    return float(reward), rl.collapse_figures(picks, task.pool_sizes["val"])
 
 
 # ---- the comparison, on questions never seen ---------------------------------------------------------
 
 
 def threshold_on_training(task, matcher, limit=200):
-    """The similarity above which training questions are better off behind their nearest exemplar than
-    alone."""
+    """The similarity above which training questions are better off with their nearest exemplar than
+    without."""
     z, z_pool = matcher.z(task.h["train"][:limit]), matcher.z(task.h_pool("train"))
     questions = task.questions["train"][:limit]
     near = matching.select_nearest(z, z_pool, task.allowed("train", range(len(z))), task.shots)
@@ -195,7 +197,7 @@ def threshold_on_training(task, matcher, limit=200):
 
 def choose_all(task, matcher, threshold, fixed, seed):
     """{selector: picks for every test question}, for all selectors but the oracle."""
-    h, h_pool, allowed, shots = task.h["test"], task.h["pool"], task.allowed("test"), task.shots
+    h, h_pool, allowed, shots = task.h["test"], task.h_pool("test"), task.allowed("test"), task.shots
     z, z_pool = matcher.z(h), matcher.z(h_pool)
     bm25 = matching.BM25([data.query_text(e) for e in task.pool])
     return {
@@ -215,7 +217,7 @@ def oracle(task, matcher, chosen, best, tried):
     best (N,): the highest score so far; where nothing can be better, the neighbours are not tried."""
     z, z_pool = matcher.z(task.h["test"]), matcher.z(task.h["pool"])
     near = matching.select_nearest(z, z_pool, task.allowed("test"), tried)
-    perfect = 0 if task.headline == "logprob" else 1
+    perfect = 0 if task.headline == "logprob" else 1  # the highest score there is
     tries = [[picks[b] for picks in chosen.values()] + [[j] for j in near[b] if best[b] < perfect]
              for b in range(len(near))]
     questions = [q for q, some in zip(task.questions["test"], tries) for _ in some]
@@ -228,6 +230,7 @@ def compare(task, matcher, threshold, args, sft=None):
     """-> ({selector: {metric: (N,) array}}, {selector: picks})."""
     test, logprob = task.questions["test"], "logprob" in task.reward
     answered = min(args.n_answers, len(test)) if task.headline == "logprob" else len(test)
+    # {metric: how many of the test questions}
     metrics = dict.fromkeys(rl.SCORES, answered) | ({"logprob": len(test)} if logprob else {})
 
     def measure(env, picks, what):
@@ -248,7 +251,7 @@ def compare(task, matcher, threshold, args, sft=None):
 def swap_pool(task, matcher):
     """PILLOW's promise: another pool, nothing retrained. Here one without any exemplar seen before the
     test."""
-    old = task.n["val"]
+    old = task.pool_sizes["val"]
     if old == len(task.pool):
         return {}
     h, h_pool, allowed = task.h["test"], task.h["pool"][old:], task.allowed("test")[:, old:]
@@ -304,7 +307,7 @@ def report(r):
 # what the flags default to: for short answers, where these are labels, and with logprob in the reward
 SHORT = {"steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "stop_prior": 0.0,
          "rehearsal": 0}
-LABELS = SHORT | {"steps": 0, "rehearsal": 1000}
+LABELS = SHORT | {"steps": 0, "rehearsal": 1000}  # after which real rewards added nothing that showed
 FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8,
              "stop_prior": None, "rehearsal": 0}
 
@@ -320,9 +323,9 @@ def read_flags():
     p.add_argument("--pool", help="file of exemplars to choose from; default: those of the data")
     p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
     p.add_argument("--shots", type=number(int, 1, 16), help="the most exemplars a question; default: 1")
-    p.add_argument("--reward", help="of the reference: prob (p of the whole) or logprob (log p a token); of "
-                   "an answer: exact or rouge; or a mix, rouge:0.5,logprob:0.5; default: prob if answers are "
-                   "short, else logprob")
+    p.add_argument("--reward", help="of the reference: prob (p of the whole) or logprob (log p per token); "
+                   "of an answer: exact or rouge; or a mix, rouge:0.5,logprob:0.5; default: prob if answers "
+                   "are short, else logprob")
     depends("steps", number(int, 0), "REINFORCE steps")
     depends("batch_size", number(int, 1), "questions a step")
     depends("lr", number(float, 0, 1), "Adam's learning rate at the start; it falls to zero")
