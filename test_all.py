@@ -18,7 +18,7 @@ import errno
 import functools
 import hashlib
 import http.server
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -26,6 +26,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -3006,6 +3007,29 @@ def test_a_fresh_run_that_is_killed_early_never_goes_on_from_an_earlier_run():
             assert script("train_matcher", *FLAGS["train_matcher"].split(), cwd=d)[0] != 0
         assert "resumed at step 0" in works("train_matcher", "--resume", cwd=d)
         assert made(d) == before
+
+
+def test_the_commands_behind_the_results_are_ones_that_the_scripts_take():
+    spec = importlib.util.spec_from_file_location("results", HERE / ".ci/results.py")
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    taken = []
+
+    def take(name, flags):
+        with patched(sys, "argv", [name, *shlex.split(flags)]):
+            taken.append((name, importlib.import_module(name.removesuffix(".py")).read_flags()[0]))
+
+    columns = {"styles": 2, "banking77 --per 10": 3, "banking77 --big": 3, "new_labels": 2, "dolly": 3,
+               "alpaca --big --exemplars": 3}  # commands
+    with folder() as d, working_in(workshop(d)), patched(results, "run", take):
+        for column, commands in columns.items():
+            taken.clear()
+            argv = ["results.py", *column.split(), "--data", "my.jsonl", "--model", "tiny"]
+            with patched(sys, "argv", argv):
+                results.main()
+            name, args = taken[-1]
+            assert len(taken) == commands and name == "train_matcher.py", column
+            assert args.pool is None or data.load_examples(args.pool), column
 
 
 def test_a_run_goes_on_from_wherever_its_files_are_called():

@@ -1,0 +1,144 @@
+"""
+Make a column of README's Results again, by the commands that it prints.
+
+    python .ci/results.py styles --seed 1
+    python .ci/results.py banking77 --per 10       # the pool: 10 exemplars a label
+    python .ci/results.py new_labels               # Banking77, split by label: those of the test are new
+    python .ci/results.py dolly --data my.jsonl    # a file of the same fields in place of the download
+    python .ci/results.py alpaca --big             # 494 M parameters
+    python .ci/results.py dolly --probe            # on training questions: what could a choice of eight gain?
+
+Everything goes to out/COLUMN-SEED (and a name for what else was asked for), where a run that was cut short is
+gone on with. Dolly and Alpaca take an ordinary LoRA, which never saw an exemplar; --exemplars: our default.
+"""
+
+import argparse
+import collections
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
+
+import data
+import matcher as matching
+import rl
+import train_matcher
+
+BIG = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+
+
+ORDINARY = "--share_nearest 0 --share_random 0"
+
+
+def run(script, flags):
+    print("$ python", script, flags, flush=True)
+    subprocess.run([sys.executable, script, *shlex.split(flags)], check=True)
+
+
+def few_a_label(rows, few):
+    count = collections.Counter()
+    return [e for e in rows if not count.update([e["output"]]) and count[e["output"]] <= few]
+
+
+def train(out, args):
+    """The scripts in turn: LoRA, full fine-tuning to compare with unless `sft` is None, the matcher."""
+    common = f"--seed {args.seed} --out {out.as_posix()} --model {shlex.quote(args.model)} --resume"
+    source, lora, sft, matcher, pool = args.data or args.column, "", None, "", None
+    if args.column == "banking77":
+        sft, matcher = "--lr 2e-5" if args.big else "--lr 3e-4", "--oracle 2"
+        pool = few_a_label(data.split(data.load_examples(source), args.seed)["pool"], args.per)
+        if args.big:
+            matcher += " --n_train 3000 --n_test 400"
+    elif args.column == "new_labels":
+        source, matcher = f"{out.as_posix()}/rows.json", "--oracle 2"
+        rows = few_a_label(data.load_examples(args.data or "banking77"), 45)
+        data.write_json(source, [e | {"group": e["output"]} for e in rows])
+    elif args.column != "styles":
+        lora, sft = "" if args.exemplars else ORDINARY, "--lr 2e-5" if args.big else ""
+        matcher = "--n_train 2000 --n_answers 100 --oracle 2"
+        if args.big:
+            matcher = "--n_train 400 --steps 20 --n_val 64 --n_test 240 --n_answers 30 --oracle 1"
+        if args.big or args.column == "alpaca":
+            rows = data.keep_short(data.load_tokenizer(args.model), data.load_examples(source), 256)
+            pool = data.split(rows, args.seed)["pool"][: 1000 if args.big else 4000]
+    if args.big:
+        lora, matcher = f"{lora} --lr 5e-4", f"{matcher} --cache_gb 2.5"
+    if pool:
+        data.write_json(out / "pool.json", pool)
+        matcher += f" --pool {out.as_posix()}/pool.json"
+    run("train_lora.py", f"--data {shlex.quote(source)} {common} {lora}")
+    if sft is not None:
+        run("train_lora.py", f"--data {shlex.quote(source)} {common} --full {ORDINARY} {sft}")
+        matcher += f" --sft {out.as_posix()}/full"
+    run("train_matcher.py", f"{common} {matcher}")
+
+
+def probe(out, n=400, k=8):
+    """How much of what the best of the k nearest gains over the nearest can a judge find: one that knows
+    likeness, rank and length, and one that has seen the reference, too?"""
+    sys.argv = ["train_matcher.py", "--out", str(out)]
+    if (out / "pool.json").exists():
+        sys.argv += ["--pool", str(out / "pool.json")]
+    flags, p = train_matcher.read_flags()
+    task, *_ = train_matcher.load(flags, p, data.Processes())
+    questions, h_pool, pool = task.questions["train"][:n], task.h_pool("train"), task.pool
+    m = matching.Matcher(h_pool.shape[1])
+    m.standardise(h_pool)
+    z, z_pool = m.z(task.h["train"][:n]), m.z(h_pool)
+    near = np.array(matching.select_nearest(z, z_pool, task.allowed("train", range(n)), k))  # (n, k)
+    R = np.stack([task.env.score({"logprob": 1}, questions, near[:, [j]].tolist(), f"rank {j + 1}")
+                  for j in range(k)], 1)  # (n, k)
+
+    def blind(i, j):
+        alike = matching.similarity(z[[i]], z_pool, [[near[i, j]]]).item()
+        return alike, np.log1p(j), np.log1p(len(pool[near[i, j]]["output"]))
+
+    def seeing(i, j):
+        ours, theirs = pool[near[i, j]]["output"], questions[i]["output"]
+        a, b = rl.words(ours), rl.words(theirs)
+        return (*blind(i, j), rl.rouge_l(ours, theirs), abs(np.log1p(len(ours)) - np.log1p(len(theirs))),
+                len(set(a) & set(b)) / (1 + len(set(b))), float(a[:1] == b[:1]))
+
+    def judge(sees, ridge=10):
+        """Five-fold ridge regression on R, all centred within a question: gain of its choice over the
+        nearest."""
+        X = np.array([[sees(i, j) for j in range(k)] for i in range(n)])  # (n, k, features)
+        X, Y = (X - X.mean(1, keepdims=True)) / X.std((0, 1)), R - R.mean(1, keepdims=True)
+        gain = np.zeros(n)
+        for held in (np.arange(n) % 5 == fold for fold in range(5)):
+            A, y = X[~held].reshape(-1, X.shape[-1]), Y[~held].ravel()
+            w = np.linalg.solve(A.T @ A + ridge * np.eye(A.shape[1]), A.T @ y)
+            gain[held] = R[held, (X[held] @ w).argmax(1)] - R[held, 0]
+        return gain
+
+    found = {"the best of eight": R.max(1) - R[:, 0], "any of the eight": R.mean(1) - R[:, 0],
+             "a judge of likeness, rank, length": judge(blind),
+             "a judge that has seen the reference": judge(seeing)}
+    for what, gain in found.items():
+        print("{} minus the nearest: {:+.3f} [{:+.3f}, {:+.3f}]".format(what, *rl.bootstrap(gain)))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("column", choices=["styles", "banking77", "new_labels", "dolly", "alpaca"])
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--per", type=int, default=2, help="exemplars a label")
+    p.add_argument("--data", help="a file in place of the download")
+    p.add_argument("--model", help="another model")
+    p.add_argument("--big", action="store_true", help=f"the settings for 494 M; model: {BIG}")
+    p.add_argument("--exemplars", action="store_true", help="a LoRA that has seen exemplars")
+    p.add_argument("--probe", action="store_true", help="after the column was made: judges of its exemplars")
+    args = p.parse_args()
+    name = f"{args.column}-{args.seed}" + f"-{args.per}" * (args.per > 2)
+    out = Path("out") / (name + "-big" * args.big + "-exemplars" * args.exemplars)
+    args.model = args.model or (BIG if args.big else "smollm2-135m")
+    probe(out) if args.probe else train(out, args)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUTF8", "1")
+    data.run(main)
