@@ -80,6 +80,8 @@ def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
             leaves = sorted({n.split(".")[-1] for n in every})
             raise UserError(f"--targets: no layer is called {t!r}; this model has {', '.join(leaves)}")
         chosen |= hits
+    if layers(model):
+        raise UserError("the model carries an adapter already")
     wrap(model, [n for n in every if n in chosen], r, alpha, dropout, rslora)  # in the model's order
 
 

@@ -1146,6 +1146,7 @@ def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
             assert word in turned_down(d / "bad") and word in refused(lora.load, m, d / "bad"), word
         lora.load(m, d / "good")
         assert "already" in refused(lora.load, m, d / "good") and torch.equal(logits(m), logits(good))
+        assert "already" in refused(lora.inject, m)
         lora.save(good, d / "bad", extra={"note": 1})
         save_file({last: torch.ones(1)}, d / "bad/adapter_model.safetensors")  # a kill between the two files
         assert "not written with these weights" in turned_down(d / "bad")
