@@ -49,7 +49,7 @@ def train(out, args):
     common = f"--seed {args.seed} --out {out.as_posix()} --model {shlex.quote(args.model)} --resume"
     source, lora, sft, matcher, pool = args.data or args.column, "", None, "", None
     if args.column == "banking77":
-        sft, matcher = "--lr 2e-5" if args.big else "--lr 3e-4", "--oracle 2"
+        sft, matcher = None if args.big or args.per > 2 else "--lr 3e-4", "--oracle 2"
         pool = few_a_label(data.split(data.load_examples(source), args.seed)["pool"], args.per)
         if args.big:
             matcher += " --n_train 3000 --n_test 400"
