@@ -367,14 +367,14 @@ def decode(enc, ids):
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits are cut out before the rest is split, so white space before one is a piece of its own.
 DIGITS_SPLIT = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-ENDS = "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>"  # where no config names one
+ENDS = "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>"  # if no config names one
 
 
 def load_tokenizer(name_or_dir):
     """A model's tokenizer.json as a tiktoken.Encoding, for encode() and decode(); UserError.
 
     An answer ends with the eos_token_id of config.json and generation_config.json: the first is enc.end_id,
-    which the LoRA learns to say, all are enc.end_ids.
+    which the LoRA learns to say, all are enc.end_ids. Where neither names one that there is, ENDS do.
     """
     folder = resolve_model(name_or_dir)
     config, more = read_json(folder / "config.json", dict), folder / "generation_config.json"
@@ -473,8 +473,8 @@ def make_encoding(spec, name, ends=()):
     enc = tiktoken.Encoding(name, pat_str=split_pattern(spec["pre_tokenizer"]), mergeable_ranks=ranks,
                             special_tokens=added)
     enc.known, enc.normal_form = frozenset(ids), form[0]["type"] if form else None
-    ends = ends or [added[token] for token in ENDS if token in added]
-    enc.end_ids = [i for i in dict.fromkeys(ends) if i in enc.known]
+    named = [i for i in dict.fromkeys(ends) if i in enc.known]
+    enc.end_ids = named or [added[token] for token in ENDS if token in added]
     if not enc.end_ids:
         raise ValueError("no token ends an answer; name one as eos_token_id in config.json")
     enc.end_id = enc.end_ids[0]

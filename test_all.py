@@ -1502,7 +1502,8 @@ def test_a_prompt_begins_with_what_the_post_processor_puts_there():
 def test_an_answer_ends_as_both_configs_say():
     """(config.json's eos_token_id, generation_config.json's, the ids that end an answer)."""
     cases = [(0, None, [0]), (5, None, [5]), (1, [1, 0], [1, 0]), ([1, 0], None, [1, 0]), (0, [9], [0, 9]),
-             (None, 7, [7]), (1, 1, [1]), (V, 1, [1]), (None, [], [0, 1]), (None, None, [0, 1])]
+             (None, 7, [7]), (1, 1, [1]), (V, 1, [1]), (V, None, [0, 1]), (None, [], [0, 1]),
+             (None, None, [0, 1])]
     with folder() as d:
         for eos, more, want in cases:
             write_tiny_folder(d, LLAMA | {"eos_token_id": eos})
