@@ -215,7 +215,7 @@ def oracle(task, matcher, chosen, best, tried):
     """For each test question the best of all selectors' choices and its `tried` nearest, reference in hand.
 
     best (N,): the highest score so far; where nothing can be better, the neighbours are not tried."""
-    z, z_pool = matcher.z(task.h["test"]), matcher.z(task.h["pool"])
+    z, z_pool = matcher.z(task.h["test"]), matcher.z(task.h_pool("test"))
     near = matching.select_nearest(z, z_pool, task.allowed("test"), tried)
     perfect = 0 if task.headline == "logprob" else 1  # the highest score there is
     tries = [[picks[b] for picks in chosen.values()] + [[j] for j in near[b] if best[b] < perfect]

@@ -14,7 +14,6 @@ gone on with. Dolly and Alpaca take an ordinary LoRA, which never saw an exempla
 
 import argparse
 import collections
-import os
 import shlex
 import subprocess
 import sys
@@ -29,19 +28,23 @@ import rl
 import train_matcher
 
 BIG = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
-
-
 ORDINARY = "--share_nearest 0 --share_random 0"
 
 
 def run(script, flags):
     print("$ python", script, flags, flush=True)
-    subprocess.run([sys.executable, script, *shlex.split(flags)], check=True)
+    if status := subprocess.run([sys.executable, script, *shlex.split(flags)]).returncode:
+        sys.exit(status)  # the script has said why
 
 
 def few_a_label(rows, few):
-    count = collections.Counter()
-    return [e for e in rows if not count.update([e["output"]]) and count[e["output"]] <= few]
+    """The first `few` rows of each label."""
+    kept, count = [], collections.Counter()
+    for e in rows:
+        count[e["output"]] += 1
+        if count[e["output"]] <= few:
+            kept.append(e)
+    return kept
 
 
 def train(out, args):
@@ -80,7 +83,7 @@ def train(out, args):
 def probe(out, n=400, k=8):
     """How much of what the best of the k nearest gains over the nearest can a judge find: one that knows
     likeness, rank and length, and one that has seen the reference, too?"""
-    sys.argv = ["train_matcher.py", "--out", str(out)]
+    sys.argv = ["train_matcher.py", "--out", str(out), "--n_train", str(n), "--n_val", "1", "--n_test", "1"]
     if (out / "pool.json").exists():
         sys.argv += ["--pool", str(out / "pool.json")]
     flags, p = train_matcher.read_flags()
@@ -140,5 +143,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUTF8", "1")
     data.run(main)
