@@ -3426,31 +3426,47 @@ class Bench:
         print(f"{what:58s}{rates} {unit:10s} {ratio}", flush=True)
 
     def lora(self, B=16, T=96, A=16):
-        """A training step on B sequences of T tokens, of which the last A are the answer."""
-        V = (mine := self.ours()).config.vocab_size
-        ids = torch.randint(100, V, (B, T), generator=torch.Generator().manual_seed(0))
+        """Steps on texts of T tokens, the last A of them the answer; then on train_lora.py's own batches."""
+        cfg, flags = self.ours().config, types.SimpleNamespace(share_nearest=0.7, share_random=0.1, shots=1)
+        ids = torch.randint(100, cfg.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
         where = torch.tensor([b * T + T - A - 1 + t for b in range(B) for t in range(A)])
-        labels = torch.where(torch.arange(T) < T - A, -100, ids)
-
-        def step(loss, parameters):
-            optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-4, fused=True)
-
-            def run():
-                loss().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            return run
-
-        for targets in ("c_attn" if mine.config.family == "gpt2" else "q_proj,v_proj", "all"):
+        equal = [(ids, where, ids[:, -A:].flatten(), torch.full((B,), T))]
+        texts = train_lora.load_texts(flags, cfg.n_ctx, self.enc, data.split(data.styles(), 0))
+        rows = train_lora.draw_batches(texts.n, 8, 3, 0)
+        own = [texts.batch(some, texts.exemplars(some, random.Random(0)), "cpu") for some in rows]
+        some = "c_attn" if cfg.family == "gpt2" else "q_proj,v_proj"
+        for what, targets, batches in ((f"{B} x {T}", some, equal), (f"{B} x {T}", "all", equal),
+                                       ("8 of styles", "all", own)):
             mine, peer = self.ours().train(), self.theirs()
             lora.inject(mine, 8, 16, targets)
-            ours = step(lambda m=mine: m.loss(ids, where, ids[:, -A:].flatten()) / (B * A), mine.parameters())
+            ours = self.steps(mine, lambda m, b: m.loss(*b) / len(b[2]), batches)
             if peer:
                 layers = "all-linear" if targets == "all" else targets.split(",")
                 settings = self.peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers)
                 peer = self.peft.get_peft_model(peer, settings).train()
-                peer = step(lambda m=peer: m(input_ids=ids, labels=labels).loss, peer.parameters())
-            self.race(f"LoRA step, r 8 on {targets}, {B} x {T}", "tokens/s", B * T, ours, peer)
+                peer = self.steps(peer, lambda m, x: m(**x).loss, [self.labelled(*b) for b in batches])
+            amount = sum(int(lengths.sum()) for *_, lengths in batches)
+            self.race(f"LoRA step, r 8 on {targets}, {what}", "tokens/s", amount, ours, peer)
+
+    def steps(self, trained, loss, batches):
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], 1e-4, fused=True)
+
+        def run():
+            for batch in batches:
+                loss(trained, batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return run
+
+    def labelled(self, ids, where, targets, lengths):
+        """A batch of ours as transformers takes it: an answer's end token is an input, too."""
+        T = ids.shape[1]
+        extra = int((where % T).max() == T - 1)
+        x = F.pad(ids, (0, extra))
+        labels = torch.full_like(x, -100)
+        labels[where // T, where % T + 1] = targets
+        mask = torch.arange(T + extra) < lengths[:, None] + extra
+        return {"input_ids": x, "attention_mask": mask.long(), "labels": labels}
 
     def tasks(self, mine, n=64):
         """n questions behind 32 exemplars, the longest of `styles` -> (environment, first, rest, prompts)."""
