@@ -7,10 +7,12 @@ Fine-tune a language model with LoRA, on examples that have other examples in fr
     python train_lora.py --full --share_nearest 0 --share_random 0    # full fine-tuning, to compare with
     torchrun --nproc_per_node=2 train_lora.py          # data-parallel, the same losses
 
-An ordinary LoRA never sees an exemplar, and then one in front of the question is no help, or harms. So some
-training examples get one: the nearest other training example (of the same group, where rows name one), or a
-random one (which teaches when *not* to copy), or none. --share_nearest 0 --share_random 0 is plain LoRA. The
-loss is on answers and their end tokens only: the question's, and those of the exemplars in front of it.
+An ordinary LoRA never sees an exemplar, and then one in front of the question is no help, or harms. So
+training examples get one. Where rows name groups, or answers are labels, an exemplar can show just what is
+asked for: each gets one alike in question and answer, so the LoRA learns to use what it is shown, and what to
+show is left to the matcher. On other data the nearest stands in front of most, a random one in front of some
+(which teaches when *not* to copy), none in front of the rest. --share_nearest 0 --share_random 0 is plain
+LoRA. The loss is on answers and their end tokens only: the question's, and those of the exemplars.
 """
 
 import functools
@@ -205,21 +207,23 @@ def read_flags():
     p.add_argument("--alpha", type=number(float, 0), default=16, help="the update is scaled by alpha / r")
     p.add_argument("--targets", default="all", help="layers with an adapter, as q_proj,v_proj")
     p.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0, help="dropout in front of A")
-    p.add_argument("--share_nearest", type=number(float, 0, 1), default=0.7, help="share after the nearest")
-    p.add_argument("--share_random", type=number(float, 0, 1), default=0.1, help="share after random ones")
+    p.add_argument("--share_nearest", type=number(float, 0, 1), help="share of examples behind their nearest; "
+                   "default: 0.7, where rows name groups or answers are labels 1")
+    p.add_argument("--share_random", type=number(float, 0, 1), help="share behind random ones; default: 0.1, "
+                   "as far as the nearest leave it")
     p.add_argument("--shots", type=number(int, 1, 16), default=1, help="the most exemplars an example")
     p.add_argument("--max_tokens", type=number(int, 8), default=256, help="longest question + answer kept")
     p.add_argument("--eval_every", type=number(int, 1), default=32, help="steps between checkpoints")
     p.add_argument("--full", action="store_true", help="train every weight: a model folder in OUT/full")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
-    if args.share_nearest + args.share_random > 1:
+    if (args.share_nearest or 0) + (args.share_random or 0) > 1:
         p.error("--share_nearest and --share_random together exceed 1")
     if args.full:
         data.pointless(p, args, "--full", "rank", "alpha", "targets", "dropout")
     if args.lr is None:
         args.lr = 1e-4 if args.full else 2e-3
-    if not args.share_nearest + args.share_random:
+    if args.share_nearest == args.share_random == 0:
         data.pointless(p, args, "both shares of exemplars 0", "shots")
     return args, p
 
@@ -227,31 +231,39 @@ def read_flags():
 def load_texts(args, n_ctx, enc, parts):
     """Encode the LoRA's training and held-out examples, and find what may stand in front of each."""
     train, val = parts["lora_train"], parts["lora_val"][:64]
-    questions = [data.encode_query(enc, e) for e in train + val]
-    answers = [data.encode_answer(enc, e) for e in train + val]
+    rows = train + val
+    questions, answers = ([code(enc, e) for e in rows] for code in (data.encode_query, data.encode_answer))
+    if args.share_nearest is None:
+        args.share_nearest = min(1.0 if can_show_the_answer(rows) else 0.7, 1 - (args.share_random or 0))
+    if args.share_random is None:
+        args.share_random = min(0.1, 1 - args.share_nearest)
     shares = args.share_nearest, args.share_random
     between = len(data.encode(enc, data.BETWEEN))
     lengths = sorted(len(q) + len(a) + between for q, a in zip(questions, answers))
     if (longest := sum(lengths[-1 - args.shots * any(shares) :])) > n_ctx:
         raise UserError(f"--max_tokens {args.max_tokens} and --shots {args.shots} let an example take "
                         f"{longest:,} tokens; the model's context is {n_ctx}")
-    near = neighbours(train + val, len(train), args.shots)
+    near = neighbours(rows, len(train), args.shots)
     return Texts(questions, answers, len(train), near, shares, args.shots, enc)
+
+
+def can_show_the_answer(rows):
+    """Whether one row can show just what another asks for: they name groups, or their answers are labels."""
+    return all("group" in e for e in rows) or data.are_labels(rows, rows)
 
 
 def neighbours(rows, n, shots):
     """-> near(i), row i's nearest other examples by BM25. Of `rows` the first n are for training.
 
-    Where rows name a group, others of the same one. There, and where answers are labels, alike in question,
-    answer and the shape of numbers (every digit a 0): the model learns to use an exemplar if it mostly shows
-    what is asked for. Groups are split whole, so a held-out one's examples stand behind held-out ones;
-    without groups all stand behind training examples. By words, though the matcher goes by features: so no
-    example has to be read first.
+    Where rows name a group, others of the same one. Those that can show the answer are alike in question,
+    answer and the shape of numbers (every digit a 0), others in the question. Groups are split whole, so a
+    held-out one's examples stand behind held-out ones; without groups all stand behind training examples. By
+    words, though the matcher goes by features: so no example has to be read first.
     """
     grouped, members = all("group" in e for e in rows), {}
     kinds = [(e["group"], i < n) if grouped else None for i, e in enumerate(rows)]
     texts = [data.query_text(e) for e in rows]
-    if grouped or data.are_labels(rows, rows):
+    if can_show_the_answer(rows):
         texts = [re.sub(r"\d", "0", text + e["output"]) for text, e in zip(texts, rows)]
     for i, kind in enumerate(kinds):
         if grouped or i < n:  # a held-out answer is never trained on, not even in front of another

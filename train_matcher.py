@@ -305,10 +305,11 @@ def report(r):
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
 
 # what the flags default to: for short answers, where these are labels, and with logprob in the reward
-SHORT = {"steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0, "stop_prior": 0.0,
-         "rehearsal": 0}
-LABELS = SHORT | {"steps": 0, "rehearsal": 1000}  # after which real rewards added nothing that showed
-FREE_TEXT = {"steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8,
+# (n_train: fewer questions, met more often, cost fewer calls, for what was tried is remembered)
+SHORT = {"n_train": 240, "steps": 240, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0,
+         "stop_prior": 0.0, "rehearsal": 0}
+LABELS = SHORT | {"n_train": 6000, "steps": 0, "rehearsal": 1000}  # then real rewards add nothing that shows
+FREE_TEXT = {"n_train": 2000, "steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8,
              "stop_prior": None, "rehearsal": 0}
 
 
@@ -326,6 +327,7 @@ def read_flags():
     p.add_argument("--reward", help="of the reference: prob (p of the whole) or logprob (log p per token); "
                    "of an answer: exact or rouge; or a mix, rouge:0.5,logprob:0.5; default: prob if answers "
                    "are short, else logprob")
+    depends("n_train", number(int, 1), "training questions, at most")
     depends("steps", number(int, 0), "REINFORCE steps")
     depends("batch_size", number(int, 1), "questions a step")
     depends("lr", number(float, 0, 1), "Adam's learning rate at the start; it falls to zero")
@@ -339,7 +341,6 @@ def read_flags():
     p.add_argument("--rollouts", type=number(int, 2), default=4, help="K, rollouts a question")
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of the towers' MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
-    p.add_argument("--n_train", type=number(int, 1), help="training questions, at most; default: 6000")
     p.add_argument("--n_val", type=number(int, 1), default=96, help="validation questions, at most")
     p.add_argument("--n_test", type=number(int, 1), default=800, help="test questions, at most")
     p.add_argument("--n_answers", type=number(int, 1), default=800,
@@ -352,7 +353,8 @@ def read_flags():
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only:
-        data.pointless(p, args, "--eval_only", "resume", "rollouts", "hidden", "n_val", *SHORT)
+        data.pointless(p, args, "--eval_only", "resume", "rollouts", "hidden", "n_val",
+                       *(SHORT.keys() - {"n_train"}))
     return args, p
 
 
@@ -360,7 +362,7 @@ def settle(args, p, made_with, adapter, examples, pool):
     """Fill in what was not typed: from the matcher under --eval_only, from the adapter, else from the
     data."""
     short = np.median([len(e["output"]) for e in examples]) <= 40  # characters
-    defaults = {"shots": 1, "max_new_tokens": 48, "n_train": 6000, "reward": "prob" if short else "logprob"}
+    defaults = {"shots": 1, "max_new_tokens": 48, "reward": "prob" if short else "logprob"}
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, made_with.get(name, default))

@@ -62,7 +62,7 @@ def train(out, args):
         data.write_json(source, [e | {"group": e["output"]} for e in rows])
     elif args.column != "styles":
         lora, sft = "" if args.exemplars else ORDINARY, "--lr 2e-5" if args.big else ""
-        matcher = "--n_train 2000 --n_answers 100 --oracle 2"
+        matcher = "--n_answers 100 --oracle 2"
         if args.big:
             matcher = "--n_train 400 --steps 20 --n_val 64 --n_test 240 --n_answers 30 --oracle 1"
         if args.big or args.column == "alpaca":
