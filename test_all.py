@@ -1259,12 +1259,14 @@ def test_training_examples_stand_behind_their_nearest_of_their_own_group():
 
 def test_how_many_stand_behind_an_exemplar_follows_from_the_data_unless_it_is_typed():
     own = [{"instruction": str(i), "input": "", "output": str(i)} for i in range(12)]
-    labels, grouped = [e | {"output": "ab"[i % 2]} for i, e in enumerate(own)], [e | {"group": 1} for e in own]
-    for typed, free, shown in (((None, None), (0.7, 0.1), (1, 0)), ((0.95, None), (0.95, 0.05), (0.95, 0.05)),
+    labels = [e | {"output": "ab"[i % 2]} for i, e in enumerate(own)]
+    grouped = [e | {"group": 1} for e in own]
+    for typed, free, shown in (((None, None), (0.7, 0.1), (1, 0)), ((0.9, None), (0.9, 0.1), (0.9, 0.1)),
                                ((None, 0.4), (0.6, 0.4), (0.6, 0.4)), ((0, 0), (0, 0), (0, 0))):
         for rows, wanted in ((own, free), (labels, shown), (grouped, shown)):
             args = types.SimpleNamespace(share_nearest=typed[0], share_random=typed[1], shots=1)
-            made = train_lora.load_texts(args, 512, encoding(), {"lora_train": rows[2:], "lora_val": rows[:2]})
+            parts = {"lora_train": rows[2:], "lora_val": rows[:2]}
+            made = train_lora.load_texts(args, 512, encoding(), parts)
             close([*made.shares], [*wanted], 1e-9)
 
 

@@ -207,8 +207,8 @@ def read_flags():
     p.add_argument("--alpha", type=number(float, 0), default=16, help="the update is scaled by alpha / r")
     p.add_argument("--targets", default="all", help="layers with an adapter, as q_proj,v_proj")
     p.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0, help="dropout in front of A")
-    p.add_argument("--share_nearest", type=number(float, 0, 1), help="share of examples behind their nearest; "
-                   "default: 0.7, where rows name groups or answers are labels 1")
+    p.add_argument("--share_nearest", type=number(float, 0, 1), help="share behind their nearest; default: "
+                   "0.7, where rows name groups or answers are labels 1")
     p.add_argument("--share_random", type=number(float, 0, 1), help="share behind random ones; default: 0.1, "
                    "as far as the nearest leave it")
     p.add_argument("--shots", type=number(int, 1, 16), default=1, help="the most exemplars an example")
