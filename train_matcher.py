@@ -305,10 +305,9 @@ def report(r):
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
 
 # what the flags default to: for short answers, where these are labels, and with logprob in the reward
-# (n_train: fewer questions, met more often, cost fewer calls, for what was tried is remembered)
-SHORT = {"n_train": 180, "steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0,
+SHORT = {"n_train": 6000, "steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0,
          "stop_prior": 0.0, "rehearsal": 0}
-LABELS = SHORT | {"n_train": 6000, "steps": 0, "rehearsal": 1000}  # then real rewards add nothing that shows
+LABELS = SHORT | {"steps": 0, "rehearsal": 1000}  # after which real rewards added nothing that showed
 FREE_TEXT = {"n_train": 2000, "steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8,
              "stop_prior": None, "rehearsal": 0}
 
