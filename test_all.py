@@ -3034,17 +3034,17 @@ def test_the_commands_behind_the_results_are_ones_that_the_scripts_take():
         with patched(sys, "argv", [name, *shlex.split(flags)]):
             taken.append((name, importlib.import_module(name.removesuffix(".py")).read_flags()[0]))
 
-    columns = {"styles": 2, "banking77": 3, "banking77 --per 10": 2, "banking77 --big": 2, "new_labels": 2,
-               "dolly": 3, "alpaca --big --exemplars": 3}  # commands
+    rows = {"styles": 2, "banking77": 3, "banking77 --per 10": 2, "banking77 --big": 2, "new_labels": 2,
+            "dolly": 3, "alpaca --big --exemplars": 3}  # commands
     with folder() as d, working_in(workshop(d)), patched(results, "run", take):
-        for column, commands in columns.items():
+        for row, commands in rows.items():
             taken.clear()
-            argv = ["results.py", *column.split(), "--data", "my.jsonl", "--model", "tiny"]
+            argv = ["results.py", *row.split(), "--data", "my.jsonl", "--model", "tiny"]
             with patched(sys, "argv", argv):
                 results.main()
             name, args = taken[-1]
-            assert len(taken) == commands and name == "train_matcher.py", column
-            assert args.pool is None or data.load_examples(args.pool), column
+            assert len(taken) == commands and name == "train_matcher.py", row
+            assert args.pool is None or data.load_examples(args.pool), row
 
 
 def test_a_run_goes_on_from_wherever_its_files_are_called():

@@ -1,5 +1,5 @@
 """
-Make a column of README's Results again, by the commands that it prints.
+Make a row of README's Results again, by the commands that it prints.
 
     python .ci/results.py styles --seed 1
     python .ci/results.py banking77 --per 10       # the pool: 10 exemplars a label
@@ -8,7 +8,7 @@ Make a column of README's Results again, by the commands that it prints.
     python .ci/results.py alpaca --big             # 494 M parameters
     python .ci/results.py dolly --probe            # on training questions: what could a choice of eight gain?
 
-Everything goes to out/COLUMN-SEED (and a name for what else was asked for), where a run that was cut short is
+Everything goes to out/ROW-SEED (and a name for what else was asked for), where a run that was cut short is
 gone on with. Dolly and Alpaca take an ordinary LoRA, which never saw an exemplar; --exemplars: our default.
 """
 
@@ -50,22 +50,22 @@ def few_a_label(rows, few):
 def train(out, args):
     """The scripts in turn: LoRA, full fine-tuning to compare with unless `sft` is None, the matcher."""
     common = f"--seed {args.seed} --out {out.as_posix()} --model {shlex.quote(args.model)} --resume"
-    source, lora, sft, matcher, pool = args.data or args.column, "", None, "", None
-    if args.column == "banking77":
+    source, lora, sft, matcher, pool = args.data or args.row, "", None, "", None
+    if args.row == "banking77":
         sft, matcher = None if args.big or args.per > 2 else "--lr 3e-4", "--oracle 2"
         pool = few_a_label(data.split(data.load_examples(source), args.seed)["pool"], args.per)
         if args.big:
             matcher += " --n_train 3000 --n_test 400"
-    elif args.column == "new_labels":
+    elif args.row == "new_labels":
         source, matcher = f"{out.as_posix()}/rows.json", "--oracle 2"
         rows = few_a_label(data.load_examples(args.data or "banking77"), 45)
         data.write_json(source, [e | {"group": e["output"]} for e in rows])
-    elif args.column != "styles":
+    elif args.row != "styles":
         lora, sft = "" if args.exemplars else ORDINARY, "--lr 2e-5" if args.big else ""
         matcher = "--n_answers 100 --oracle 2"
         if args.big:
             matcher = "--n_train 400 --steps 20 --n_val 64 --n_test 240 --n_answers 30 --oracle 1"
-        if args.big or args.column == "alpaca":
+        if args.big or args.row == "alpaca":
             rows = data.keep_short(data.load_tokenizer(args.model), data.load_examples(source), 256)
             pool = data.split(rows, args.seed)["pool"][: 1000 if args.big else 4000]
     if args.big:
@@ -127,16 +127,16 @@ def probe(out, n=400, k=8):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("column", choices=["styles", "banking77", "new_labels", "dolly", "alpaca"])
+    p.add_argument("row", choices=["styles", "banking77", "new_labels", "dolly", "alpaca"])
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--per", type=int, default=2, help="exemplars a label")
     p.add_argument("--data", help="a file in place of the download")
     p.add_argument("--model", help="another model")
     p.add_argument("--big", action="store_true", help=f"the settings for 494 M; model: {BIG}")
     p.add_argument("--exemplars", action="store_true", help="a LoRA that has seen exemplars")
-    p.add_argument("--probe", action="store_true", help="after the column was made: judges of its exemplars")
+    p.add_argument("--probe", action="store_true", help="after the row was made: judges of its exemplars")
     args = p.parse_args()
-    name = f"{args.column}-{args.seed}" + f"-{args.per}" * (args.per > 2)
+    name = f"{args.row}-{args.seed}" + f"-{args.per}" * (args.per > 2)
     out = Path("out") / (name + "-big" * args.big + "-exemplars" * args.exemplars)
     args.model = args.model or (BIG if args.big else "smollm2-135m")
     probe(out) if args.probe else train(out, args)
