@@ -3440,15 +3440,15 @@ class Bench:
 
     def lora(self, B=16, T=96, A=16):
         """Steps on texts of T tokens, the last A of them the answer; then on train_lora.py's own batches."""
-        cfg, flags = self.ours().config, types.SimpleNamespace(share_nearest=0.7, share_random=0.1, shots=1)
+        cfg, flags = self.ours().config, types.SimpleNamespace(share_nearest=None, share_random=None, shots=1)
         ids = torch.randint(100, cfg.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
         where = torch.tensor([b * T + T - A - 1 + t for b in range(B) for t in range(A)])
         equal = [(ids, where, ids[:, -A:].flatten(), torch.full((B,), T))]
         texts = train_lora.load_texts(flags, cfg.n_ctx, self.enc, data.split(data.styles(), 0))
         rows = train_lora.draw_batches(texts.n, 8, 3, 0)
         own = [texts.batch(some, texts.exemplars(some, random.Random(0)), "cpu") for some in rows]
-        some = "c_attn" if cfg.family == "gpt2" else "q_proj,v_proj"
-        for what, targets, batches in ((f"{B} x {T}", some, equal), (f"{B} x {T}", "all", equal),
+        two = "c_attn" if cfg.family == "gpt2" else "q_proj,v_proj"
+        for what, targets, batches in ((f"{B} x {T}", two, equal), (f"{B} x {T}", "all", equal),
                                        ("8 of styles", "all", own)):
             mine, peer = self.ours().train(), self.theirs()
             lora.inject(mine, 8, 16, targets)

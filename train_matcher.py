@@ -352,8 +352,8 @@ def read_flags():
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only:
-        data.pointless(p, args, "--eval_only", "resume", "rollouts", "hidden", "n_val",
-                       *(SHORT.keys() - {"n_train"}))
+        training = [name for name in SHORT if name != "n_train"]  # by those the threshold is tuned again
+        data.pointless(p, args, "--eval_only", "resume", "rollouts", "hidden", "n_val", *training)
     return args, p
 
 
