@@ -305,7 +305,7 @@ def report(r):
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
 
 # what the flags default to: for short answers, where these are labels, and with logprob in the reward
-SHORT = {"n_train": 6000, "steps": 320, "batch_size": 8, "lr": 5e-4, "eval_every": 40, "candidates": 0,
+SHORT = {"n_train": 6000, "steps": 200, "batch_size": 8, "lr": 1e-3, "eval_every": 50, "candidates": 0,
          "stop_prior": 0.0, "rehearsal": 0}
 LABELS = SHORT | {"steps": 0, "rehearsal": 1000}  # after which real rewards added nothing that showed
 FREE_TEXT = {"n_train": 2000, "steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8,
