@@ -1,10 +1,11 @@
-"""From files to token ids: examples, the template, the made-up task `styles`, the split, tokenizers.
+"""
+From files to token ids: examples, the template, the made-up task `styles`, the split, tokenizers.
 
 An example is a dict of three texts, {"instruction", "input", "output"}, and of a "group" where it belongs to
 one. A text is kept as it stands in its file; what cannot be read as it is meant is refused by name, or
 skipped and counted in one line.
 
-python data.py      # an example on its way to text, tokens and the loss; the sizes of the split
+    python data.py      # an example on its way to text, tokens and the loss; the sizes of the split
 
 The template follows Alpaca (Taori et al. 2023). Left out on purpose: pickle files (loading one runs its
 code), SentencePiece tokenizers, chat templates, two processes fetching the same model at once.

@@ -7,14 +7,14 @@ language model's mean-pooled final hidden state of a question (an exemplar's ans
 same standardised by the pool's mean and std:
 
     state s_t = (question x, exemplars chosen so far)
-    b(.)      = MLP_b[z(.)]                         as wide as z: what both towers add to it
-    a, s      = MLP_q[z(x), mean of the chosen z]   the question tower's own; s, the score of *stop*
-    u   = unit(z(x) + b(x) + a)                     question tower
-    v_j = unit(z(p_j) + b(p_j))                     exemplar tower
+    f(.) = MLP_shared[z(.)]                          as wide as z: what both towers add to it
+    a, s = MLP_question[z(x), mean of the chosen z]  the question tower's own; s, the score of *stop*
+    u    = unit(z(x) + f(x) + a)                     question tower
+    v_j  = unit(z(p_j) + f(p_j))                     exemplar tower
     pi(. | s_t) = softmax of  exp(tau) * (<u, v_j>  for every p_j that is allowed,  s for *stop*)
 
 Both MLPs end in zeros, so among exemplars an untrained matcher takes the nearest by cosine; learning bends it
-(ours; with ordinary initial values it would have to find even that by trial and error). The towers share b
+(ours; with ordinary initial values it would have to find even that by trial and error). The towers share f
 (ours): an exemplar counts by its question, so what makes two of these alike is learnt once, from both sides;
 with two separate MLPs `styles` takes twice the steps and ends lower. *stop* is an action of its own (ours): a
 wrong exemplar is worse than none. exp(tau), how sharply the policy tells scores apart, is learnt; it starts
@@ -66,12 +66,12 @@ class Matcher(nn.Module):
         super().__init__()
         self.settings = {"C": C, "hidden": hidden, "candidates": candidates}
         self.candidates = candidates
-        self.mlp_q = nn.Sequential(nn.Linear(2 * C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))
-        self.mlp_b = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C))
-        for mlp in (self.mlp_q, self.mlp_b):  # z + 0: the nearest neighbour
+        self.question_mlp = nn.Sequential(nn.Linear(2 * C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))
+        self.shared_mlp = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C))
+        for mlp in (self.shared_mlp, self.question_mlp):  # z + 0: the nearest neighbour
             nn.init.zeros_(mlp[-1].weight)
             nn.init.zeros_(mlp[-1].bias)
-        self.tau = nn.Parameter(torch.tensor(math.log(20.0)))
+        self.tau = nn.Parameter(torch.tensor(math.log(20.0)))  # until `sharpen`
         self.register_buffer("mean", torch.zeros(C))
         self.register_buffer("std", torch.ones(C))
 
@@ -87,7 +87,7 @@ class Matcher(nn.Module):
     def encode(self, h_pool):
         """The pool's features (n, C) -> Encoded."""
         z = self.z(h_pool)
-        return Encoded(F.normalize(z + self.mlp_b(z), dim=-1), z)
+        return Encoded(F.normalize(z + self.shared_mlp(z), dim=-1), z)
 
     def narrow(self, h, encoded, allowed):
         """Only the `candidates` nearest of the allowed exemplars (B, n) stay allowed: large pools stay
@@ -108,8 +108,8 @@ class Matcher(nn.Module):
         z = self.z(h)
         # chosen holds STOP, -1, where an episode is over; neither that row's context nor its scores are used
         context = encoded.z[chosen].mean(1) if chosen.shape[1] else torch.zeros_like(z)  # (B, C)
-        a, s = self.mlp_q(torch.cat([z, context], -1)).split([z.shape[1], 1], -1)  # (B, C), (B, 1)
-        u = F.normalize(z + self.mlp_b(z) + a, dim=-1)
+        a, s = self.question_mlp(torch.cat([z, context], -1)).split([z.shape[1], 1], -1)  # (B, C), (B, 1)
+        u = F.normalize(z + self.shared_mlp(z) + a, dim=-1)
         scores = torch.cat([u @ encoded.v.t(), s], -1) * self.tau.exp()  # (B, n + 1)
         allowed = F.pad(allowed, (0, 1), value=True)  # stopping is always allowed
         allowed = allowed.scatter(1, chosen.clamp(min=0), False)
@@ -173,7 +173,7 @@ class Matcher(nn.Module):
         """Set the score of *stop* so that the likeliest first pick, before anything is learnt, is that of
         `select_threshold` with this t. Untouched it is 0, so far below the nearest's cosine that *stop* is
         hardly ever tried, or learnt."""
-        self.mlp_q[-1].bias[-1] = t
+        self.question_mlp[-1].bias[-1] = t
 
     @torch.no_grad()
     def set_stop_prior(self, p, h, encoded, allowed):
@@ -241,9 +241,8 @@ def select_nearest(z, z_pool, allowed, shots):
 
 def similarity(z, z_pool, picks):
     """Cosine of each question and its first pick, (B,); -1 where there is none."""
-    first = torch.tensor([p[0] if p else 0 for p in picks])
-    cosine = F.cosine_similarity(z, z_pool[first], dim=-1)
-    return torch.where(torch.tensor([bool(p) for p in picks]), cosine, -1.0)
+    first = torch.tensor([p[0] if p else STOP for p in picks])
+    return torch.where(first == STOP, -1.0, F.cosine_similarity(z, z_pool[first], dim=-1))
 
 
 def tune_threshold(cosine, gain):

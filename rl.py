@@ -10,8 +10,8 @@ with K rollouts of one question
 
 b_k does not depend on picks_k, so the gradient stays unbiased, and a question whose rollouts all earned the
 same teaches nothing, as it should. One term stands beside it: the policy's entropy is held up where it
-falls below a floor, for a policy that is certain explores no more. No critic, no ratio clipped as in PPO, no
-division by the standard deviation.
+falls below a floor, for a policy that is certain explores no more. The gradient's norm is clipped at 1. No
+critic, no ratio clipped as in PPO, no division by the standard deviation.
 
 The language model is by far the dearest part and greedy decoding is deterministic: `Environment` remembers
 the outcome of every (question, exemplars in order), so it is asked only about what was never tried before.

@@ -284,11 +284,12 @@ def by_hand(tower, h_pool, h, picks, allowed):
         return (x.numpy() - h_pool.numpy().mean(0)) / h_pool.numpy().std(0)
 
     context = np.mean([z(h_pool[j]) for j in picks], 0) if picks else 0 * z(h)
-    *a, s = mlp(tower.mlp_q, np.concatenate([z(h), context]))
-    u, weights = unit(z(h) + mlp(tower.mlp_b, z(h)) + a), {matcher.STOP: math.exp(math.exp(tower.tau) * s)}
+    *a, s = mlp(tower.question_mlp, np.concatenate([z(h), context]))
+    u = unit(z(h) + mlp(tower.shared_mlp, z(h)) + a)
+    weights = {matcher.STOP: math.exp(math.exp(tower.tau.item()) * s)}
     for j in set(allowed) - set(picks):
-        v = unit(z(h_pool[j]) + mlp(tower.mlp_b, z(h_pool[j])))
-        weights[j] = math.exp(math.exp(tower.tau) * (u @ v))
+        v = unit(z(h_pool[j]) + mlp(tower.shared_mlp, z(h_pool[j])))
+        weights[j] = math.exp(math.exp(tower.tau.item()) * (u @ v))
     return {a: w / sum(weights.values()) for a, w in weights.items()}
 
 

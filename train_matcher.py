@@ -14,6 +14,7 @@ one with the best greedy reward on validation questions; test questions are open
 selectors together.
 """
 
+import copy
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,8 +82,7 @@ def reinforce(task, matcher, optimizer, rng, batch_size, rollouts):
     picks = matcher.sample(h, encoded, allowed, task.shots, rollouts, rng)  # (B, K, m)
     questions = [task.questions["train"][i] for i in rows for _ in range(rollouts)]
     chosen = matching.as_lists(picks)
-    rewards = task.env.score(task.reward, questions, chosen)
-    rewards = torch.from_numpy(rewards).view(len(rows), -1)  # (B, K)
+    rewards = torch.from_numpy(task.env.score(task.reward, questions, chosen)).view(len(rows), -1)  # (B, K)
 
     advantage = rl.leave_one_out(rewards)
     log_pi, entropy = matcher.log_prob(h, encoded, picks, allowed)  # (B, K)
@@ -122,9 +122,8 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             row["held_out"], row["held_out_figures"] = validate(task, matcher)
             row["calls"] = len(task.env.asked)  # validation asks, too
-            better = row["held_out"] > progress.best
-            progress.best = max(progress.best, row["held_out"])
-            if better:
+            if better := row["held_out"] > progress.best:
+                progress.best = row["held_out"]
                 save_best()
             checkpoint()
             bar.write(f"step {step + 1:4d}  reward {row['reward']:.3f}  held-out {row['held_out']:.3f}"
@@ -138,7 +137,8 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
 
 
 def begin(task, matcher, args):
-    """Where REINFORCE starts: as sharp as the pool asks for, rehearsed if it helps, validated -> Progress."""
+    """Where REINFORCE starts: as sharp as the pool asks for, stopping as a threshold would on free text,
+    rehearsed if it helps, validated -> Progress."""
     matcher.standardise(task.h_pool("train"))
     h, encoded = task.h["train"][:256], matcher.encode(task.h_pool("train"))
     allowed = matcher.narrow(h, encoded, task.allowed("train", range(len(h))))
@@ -150,7 +150,7 @@ def begin(task, matcher, args):
     held_out, figures = validate(task, matcher)
     print(f"step    0  held-out {held_out:.3f} (untrained)")
     if args.rehearsal:
-        before = {name: value.clone() for name, value in matcher.state_dict().items()}
+        before = copy.deepcopy(matcher.state_dict())
         rehearse(task, matcher, args.rehearsal, args.seed)
         rehearsed, new = validate(task, matcher)
         print(f"step    0  held-out {rehearsed:.3f} (rehearsed)")
@@ -163,7 +163,7 @@ def begin(task, matcher, args):
 
 
 def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
-    """REINFORCE against a model that only copies the exemplar's answer; the real one only validates.
+    """REINFORCE against a model that only copies the exemplar's answer; the real one is not asked.
 
     Where answers are labels this tells most of what a choice is worth, and it is free: the language model's
     rewards are dear, so few, and few are mostly noise."""
@@ -262,6 +262,9 @@ def swap_pool(task, matcher):
             for who, rows in picks.items()}
 
 
+# ---- plumbing: skip on a first reading -----------------------------------------------------------------
+
+
 def summarise(task, scores, chosen):
     """The figures of results.json that come from the comparison."""
     test = task.questions["test"]
@@ -302,8 +305,6 @@ def report(r):
         print("from exemplars never seen before:", *(f"{who} {x:.3f}" for who, x in swapped.items()))
 
 
-# ---- plumbing: skip on a first reading -----------------------------------------------------------------
-
 # what the flags default to: for short answers, where these are labels, and with logprob in the reward
 SHORT = {"n_train": 6000, "steps": 200, "batch_size": 8, "lr": 1e-3, "eval_every": 50, "candidates": 0,
          "stop_prior": 0.0, "rehearsal": 0}
@@ -338,7 +339,7 @@ def read_flags():
     depends("rehearsal", number(int, 0), "updates before those, on a free reward: is the exemplar's answer "
             "the reference?")
     p.add_argument("--rollouts", type=number(int, 2), default=4, help="K, rollouts a question")
-    p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of the towers' MLPs")
+    p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of both MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
     p.add_argument("--n_val", type=number(int, 1), default=96, help="validation questions, at most")
     p.add_argument("--n_test", type=number(int, 1), default=800, help="test questions, at most")
