@@ -509,7 +509,10 @@ def run(main):
         if hasattr(stream, "reconfigure"):  # a Windows console or pipe is often not UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        return main()
+        main()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # where one left early, another one's gloo threads sometimes aborted
+        return
     except UserError as error:
         status, line = 2, f"error: {error}"
     except KeyboardInterrupt:
