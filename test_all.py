@@ -2940,28 +2940,49 @@ def test_a_fully_tuned_model_is_a_row_of_the_comparison_and_a_model_folder_for_o
             assert (d / "out/full" / name).read_bytes() == (d / "tiny" / name).read_bytes()
 
 
+@contextlib.contextmanager
+def asked():
+    """-> a list that every question put to a language model is added to, with its exemplars."""
+    seen, outcomes = [], rl.Environment.outcomes
+
+    def recorded(env, kind, questions, picks, *more):
+        seen.extend((question, [env.pool[p] for p in row]) for question, row in zip(questions, picks))
+        return outcomes(env, kind, questions, picks, *more)
+
+    with patched(rl.Environment, "outcomes", recorded):
+        yield seen
+
+
 def test_a_pool_of_ones_own_is_used_and_a_question_never_meets_its_own_answer():
     """Nor an exemplar twice, though the pool repeats it; and --eval_only knows a pool that is gone."""
-    with copy_of_trained(*MATCHER) as d:
+    with copy_of_trained(*MATCHER) as d, asked() as seen:
         test = data.split(data.load_examples(d / "my.jsonl"), 0)["test"]
         own = [e | {"output": "SECRET " + e["output"]} for e in test[:4]] + notes(4, 200) * 2
         data.write_lines(d / "own.jsonl", own)
-        seen, outcomes = [], rl.Environment.outcomes
-
-        def recorded(env, kind, questions, picks, *more):
-            for question, row in zip(questions, picks):
-                assert len({data.digest(env.pool[p]) for p in row}) == len(row)
-                seen.extend((data.question_key(question), data.question_key(env.pool[p])) for p in row)
-            return outcomes(env, kind, questions, picks, *more)
-
-        with patched(rl.Environment, "outcomes", recorded):
-            works("train_matcher", "--pool", "own.jsonl", cwd=d)
-        assert seen and all(q != p for q, p in seen)
+        works("train_matcher", "--pool", "own.jsonl", cwd=d)
+        for question, exemplars in seen:
+            assert len({data.digest(e) for e in exemplars}) == len(exemplars)
+            assert data.question_key(question) not in map(data.question_key, exemplars)
         first, pool = results(d), data.load_examples(d / "out/matcher/pool.json")
         assert {e["output"] for e in pool} == {e["output"] for e in own} and first["n_pool"] == len(pool)
         (d / "own.jsonl").unlink()
         works("train_matcher", "--eval_only", cwd=d)
         assert results(d)["n_pool"] == first["n_pool"] and results(d)["metrics"] == first["metrics"]
+
+
+def test_questions_of_other_data_are_none_that_the_lora_was_trained_on():
+    with copy_of_trained(*MATCHER) as d, asked() as seen:
+        known, new = data.split(data.load_examples(d / "my.jsonl"), 0)["lora_train"], notes(40, 300)
+        data.write_lines(d / "new.jsonl", known + new)
+        works("train_matcher", "--data", "new.jsonl", cwd=d)
+        texts = {data.digest(e) for e in new}
+        assert all(data.digest(e) in texts for question, exemplars in seen for e in (question, *exemplars))
+        first = results(d)
+        assert (first["data"], first["n_pool"]) == ("new.jsonl", len(data.split(new)["pool"]))
+        works("train_matcher", "--eval_only", cwd=d)
+        assert results(d)["metrics"] == first["metrics"]
+        data.write_lines(d / "new.jsonl", new[:30])
+        assert "rows" in complaint("train_matcher", "--data", "new.jsonl", "--resume", cwd=d)
 
 
 def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
@@ -3035,9 +3056,11 @@ def test_the_commands_behind_the_results_are_ones_that_the_scripts_take():
         with patched(sys, "argv", [name, *shlex.split(flags)]):
             taken.append((name, importlib.import_module(name.removesuffix(".py")).read_flags()[0]))
 
-    rows = {"styles": 2, "banking77": 3, "banking77 --per 10": 2, "banking77 --big": 2, "new_labels": 2,
+    rows = {"styles": 2, "banking77": 3, "banking77 --per 10": 2, "banking77 --big": 2, "new_labels": 4,
             "dolly": 3, "alpaca --big --exemplars": 3}  # commands
     with folder() as d, working_in(workshop(d)), patched(results, "run", take):
+        labelled = [e | {"output": f"label {n % 12}"} for n, e in enumerate(notes(60))]
+        data.write_lines("my.jsonl", labelled)
         for row, commands in rows.items():
             taken.clear()
             argv = ["results.py", *row.split(), "--data", "my.jsonl", "--model", "tiny"]

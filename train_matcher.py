@@ -3,15 +3,16 @@ Train the matching network with REINFORCE, then compare it with every other way 
 
     python train_matcher.py                          # after train_lora.py: -> out/matcher, out/results.json
     python train_matcher.py --pool my_pool.jsonl     # your own exemplars
+    python train_matcher.py --data my_new.jsonl      # new questions and exemplars, the LoRA as it is
     python train_matcher.py --shots 3                # up to three exemplars a question
     python train_matcher.py --eval_only              # the comparison again, with the matcher already trained
     torchrun --nproc_per_node=2 train_matcher.py     # rollouts shared out over processes
 
 Data, split and model come from the adapter in out/lora, so nothing that the LoRA was trained on is asked
-here. Features are those of the LoRA-tuned model, computed once and cached. Where answers are labels, a
-rehearsal on a free reward is all the training there is by default (see `rehearse`). The matcher kept is the
-one with the best greedy reward on validation questions; test questions are opened once, at the end, for all
-selectors together.
+here (nor with --data). Features are those of the LoRA-tuned model, computed once and cached. Where answers
+are labels, a rehearsal on a free reward is all the training there is by default (see `rehearse`). The matcher
+kept is the one with the best greedy reward on validation questions; test questions are opened once, at the
+end, for all selectors together.
 """
 
 import copy
@@ -306,11 +307,11 @@ def report(r):
 
 
 # what the flags default to: for short answers, where these are labels, and with logprob in the reward
-SHORT = {"n_train": 6000, "steps": 200, "batch_size": 8, "lr": 1e-3, "eval_every": 50, "candidates": 0,
-         "stop_prior": 0.0, "rehearsal": 0}
-LABELS = SHORT | {"steps": 0, "rehearsal": 1000}  # after which real rewards added nothing that showed
-FREE_TEXT = {"n_train": 2000, "steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8,
-             "stop_prior": None, "rehearsal": 0}
+SHORT = {"n_train": 6000, "n_test": 288, "steps": 180, "batch_size": 8, "lr": 1e-3, "eval_every": 60,
+         "candidates": 0, "stop_prior": 0.0, "rehearsal": 0}
+LABELS = SHORT | {"n_test": 800, "steps": 0, "rehearsal": 1000}  # after it real rewards added nothing
+FREE_TEXT = {"n_train": 2000, "n_test": 800, "steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10,
+             "candidates": 8, "stop_prior": None, "rehearsal": 0}
 
 
 def read_flags():
@@ -321,6 +322,8 @@ def read_flags():
         text += f"; default: for short answers {SHORT[name]}{labels}, for free text {FREE_TEXT[name]}"
         p.add_argument(f"--{name}", type=kind, help=text)
 
+    p.add_argument("--data", help="questions and exemplars other than those of the LoRA's data, as new labels; "
+                   "what the LoRA was trained on is left out")
     p.add_argument("--pool", help="file of exemplars to choose from; default: those of the data")
     p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
     p.add_argument("--shots", type=number(int, 1, 16), help="the most exemplars a question; default: 1")
@@ -328,6 +331,7 @@ def read_flags():
                    "of an answer: exact or rouge; or a mix, rouge:0.5,logprob:0.5; default: prob if answers "
                    "are short, else logprob")
     depends("n_train", number(int, 1), "training questions, at most")
+    depends("n_test", number(int, 1), "test questions, at most")
     depends("steps", number(int, 0), "REINFORCE steps")
     depends("batch_size", number(int, 1), "questions a step")
     depends("lr", number(float, 0, 1), "Adam's learning rate at the start; it falls to zero")
@@ -342,7 +346,6 @@ def read_flags():
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of both MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
     p.add_argument("--n_val", type=number(int, 1), default=96, help="validation questions, at most")
-    p.add_argument("--n_test", type=number(int, 1), default=800, help="test questions, at most")
     p.add_argument("--n_answers", type=number(int, 1), default=800,
                    help="of these, how many are answered in words where likelihood decides")
     p.add_argument("--oracle", type=number(int, 0), default=4, help="nearest exemplars that the oracle tries")
@@ -353,7 +356,7 @@ def read_flags():
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only:
-        training = [name for name in SHORT if name != "n_train"]  # by those the threshold is tuned again
+        training = [name for name in SHORT if name not in ("n_train", "n_test")]
         data.pointless(p, args, "--eval_only", "resume", "rollouts", "hidden", "n_val", *training)
     return args, p
 
@@ -412,7 +415,10 @@ def load(args, p, ddp):
         args.pool = args.out / "matcher" / "pool.json"  # the file it was may be gone
     folder = Path(args.lora or args.out / "lora")
     adapter = read_adapter(folder, args.out)
-    examples = data.load_examples(adapter["data"], f"{folder} was trained on")
+    trained_on = data.load_examples(adapter["data"], f"{folder} was trained on")
+    args.data = args.data or made_with.get("data", adapter["data"])
+    other = args.data != adapter["data"]
+    examples = data.load_examples(args.data) if other else trained_on
     own_pool = data.load_examples(args.pool, "--pool") if args.pool else None
     settle(args, p, made_with, adapter, examples, own_pool or examples)
     device, dtype = setup(args)
@@ -421,13 +427,17 @@ def load(args, p, ddp):
     if adapter["fingerprint"] != model.fingerprint:
         raise UserError(f"{folder}: made for {adapter['model']}, whose weights are not those of {args.model} "
                         "here, or by another version; train it again")
-    kept = data.keep_short(enc, examples, adapter["max_tokens"], adapter["data"])
+    kept = data.keep_short(enc, trained_on, adapter["max_tokens"], adapter["data"])
     if adapter["rows"] != data.digest_rows(kept):
         raise UserError(f"{adapter['data']}: no longer the rows that {folder} was trained on, so some of "
                         "those would be test questions now; train it again")
     sft = load_sft(args.sft, model, adapter, dtype, device) if args.sft else None
 
     parts = data.split(kept, adapter["seed"])
+    if other:
+        seen = {data.question_key(e) for e in parts["lora_train"]}
+        kept = data.keep_short(enc, examples, adapter["max_tokens"], args.data)
+        parts = data.split([e for e in kept if data.question_key(e) not in seen], adapter["seed"])
     questions = {"train": parts["matcher_train"][: args.n_train], "val": parts["val"][: args.n_val],
                  "test": parts["test"][: args.n_test]}
     pool = own_pool or parts["pool"]
@@ -448,7 +458,7 @@ def load(args, p, ddp):
 
     places = ("resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in places}
-    settings |= {"data": adapter["data"], "lora_seed": adapter["seed"], "dtype": str(dtype),
+    settings |= {"rows": data.digest_rows(kept), "lora_seed": adapter["seed"], "dtype": str(dtype),
                  "fingerprint": model.fingerprint, "adapter": digest, "template": data.TEMPLATE_VERSION,
                  "pool_size": len(pool), "pool_rows": data.digest_rows(pool)}
     if made_with and (made_with["fingerprint"], made_with["adapter"]) != (model.fingerprint, digest):
@@ -456,7 +466,8 @@ def load(args, p, ddp):
     about = {k: settings[k] for k in ("model", "data", "shots", "seed", "dtype")}
     about["examples"] = {"read": len(examples), "kept": len(kept), "max_tokens": adapter["max_tokens"]}
     if made_with:  # what was trained stays as it was, what is compared now is new
-        compared = "shots reward pool pool_size pool_rows max_new_tokens seed n_test n_answers oracle".split()
+        compared = """data rows shots reward pool pool_size pool_rows max_new_tokens seed n_test n_answers
+                      oracle""".split()
         settings = settings | made_with | {k: settings[k] for k in compared}
     return Task(pool, questions, h, n, env, args.reward, args.shots), settings, sft, about
 

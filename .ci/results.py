@@ -3,7 +3,8 @@ Make a row of README's Results again, by the commands that it prints.
 
     python .ci/results.py styles --seed 1
     python .ci/results.py banking77 --per 10       # the pool: 10 exemplars a label
-    python .ci/results.py new_labels               # Banking77, split by label: those of the test are new
+    python .ci/results.py new_labels               # Banking77, split by label: those of the test are new;
+                                                   # then a matcher is trained on questions about new ones
     python .ci/results.py dolly --data my.jsonl    # a file of the same fields in place of the download
     python .ci/results.py alpaca --big             # 494 M parameters
     python .ci/results.py dolly --probe            # on training questions: what could a choice of eight gain?
@@ -57,9 +58,10 @@ def train(out, args):
         if args.big:
             matcher += " --n_train 3000 --n_test 400"
     elif args.row == "new_labels":
-        source, matcher = f"{out.as_posix()}/rows.json", "--oracle 2"
+        source, sft, matcher = f"{out.as_posix()}/rows.json", "--lr 3e-4", "--oracle 2"
         rows = few_a_label(data.load_examples(args.data or "banking77"), 45)
-        data.write_json(source, [e | {"group": e["output"]} for e in rows])
+        rows = [e | {"group": e["output"]} for e in rows]
+        data.write_json(source, rows)
     elif args.row != "styles":
         lora, sft = "" if args.exemplars else ORDINARY, "--lr 2e-5" if args.big else ""
         matcher = "--n_answers 100 --oracle 2"
@@ -78,6 +80,11 @@ def train(out, args):
         run("train_lora.py", f"--data {shlex.quote(source)} {common} --full {ORDINARY} {sft}")
         matcher += f" --sft {out.as_posix()}/full"
     run("train_matcher.py", f"{common} {matcher}")
+    if args.row == "new_labels":  # the LoRA knows none of these; the matcher learns from questions about them
+        known = {e["group"] for e in data.split(rows, args.seed)["lora_train"]}
+        data.write_json(out / "new.json", [e | {"group": None} for e in rows if e["group"] not in known])
+        o = out.as_posix()
+        run("train_matcher.py", f"{common} {matcher} --out {o}/taught --lora {o}/lora --data {o}/new.json")
 
 
 def probe(out, n=400, k=8):
