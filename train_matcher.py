@@ -322,8 +322,8 @@ def read_flags():
         text += f"; default: for short answers {SHORT[name]}{labels}, for free text {FREE_TEXT[name]}"
         p.add_argument(f"--{name}", type=kind, help=text)
 
-    p.add_argument("--data", help="questions and exemplars other than those of the LoRA's data, as new labels; "
-                   "what the LoRA was trained on is left out")
+    p.add_argument("--data", help="other questions and exemplars than those of the LoRA's data, new labels "
+                   "for example; what the LoRA was trained on is left out")
     p.add_argument("--pool", help="file of exemplars to choose from; default: those of the data")
     p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
     p.add_argument("--shots", type=number(int, 1, 16), help="the most exemplars a question; default: 1")
