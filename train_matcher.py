@@ -307,11 +307,11 @@ def report(r):
 
 
 # what the flags default to: for short answers, where these are labels, and with logprob in the reward
-SHORT = {"n_train": 6000, "n_test": 288, "steps": 180, "batch_size": 8, "lr": 1e-3, "eval_every": 60,
-         "candidates": 0, "stop_prior": 0.0, "rehearsal": 0}
-LABELS = SHORT | {"n_test": 800, "steps": 0, "rehearsal": 1000}  # after it real rewards added nothing
-FREE_TEXT = {"n_train": 2000, "n_test": 800, "steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10,
-             "candidates": 8, "stop_prior": None, "rehearsal": 0}
+SHORT = {"n_train": 6000, "steps": 180, "batch_size": 8, "lr": 1e-3, "eval_every": 60, "candidates": 0,
+         "stop_prior": 0.0, "rehearsal": 0}
+LABELS = SHORT | {"steps": 0, "rehearsal": 1000}  # after which real rewards added nothing that showed
+FREE_TEXT = {"n_train": 2000, "steps": 60, "batch_size": 32, "lr": 4e-4, "eval_every": 10, "candidates": 8,
+             "stop_prior": None, "rehearsal": 0}
 
 
 def read_flags():
@@ -331,7 +331,6 @@ def read_flags():
                    "of an answer: exact or rouge; or a mix, rouge:0.5,logprob:0.5; default: prob if answers "
                    "are short, else logprob")
     depends("n_train", number(int, 1), "training questions, at most")
-    depends("n_test", number(int, 1), "test questions, at most")
     depends("steps", number(int, 0), "REINFORCE steps")
     depends("batch_size", number(int, 1), "questions a step")
     depends("lr", number(float, 0, 1), "Adam's learning rate at the start; it falls to zero")
@@ -346,9 +345,10 @@ def read_flags():
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of both MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
     p.add_argument("--n_val", type=number(int, 1), default=96, help="validation questions, at most")
+    p.add_argument("--n_test", type=number(int, 1), default=800, help="test questions, at most")
     p.add_argument("--n_answers", type=number(int, 1), default=800,
                    help="of these, how many are answered in words where likelihood decides")
-    p.add_argument("--oracle", type=number(int, 0), default=4, help="nearest exemplars that the oracle tries")
+    p.add_argument("--oracle", type=number(int, 0), default=2, help="nearest exemplars that the oracle tries")
     p.add_argument("--cache_gb", type=number(float, 0), default=1.0, help="memory for the exemplars' cache")
     p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
     p.add_argument("--sft", help="a fully fine-tuned model, out/full, to compare with")
@@ -356,7 +356,7 @@ def read_flags():
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only:
-        training = [name for name in SHORT if name not in ("n_train", "n_test")]
+        training = [name for name in SHORT if name != "n_train"]  # by those the threshold is tuned again
         data.pointless(p, args, "--eval_only", "resume", "rollouts", "hidden", "n_val", *training)
     return args, p
 

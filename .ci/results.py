@@ -53,18 +53,18 @@ def train(out, args):
     common = f"--seed {args.seed} --out {out.as_posix()} --model {shlex.quote(args.model)} --resume"
     source, lora, sft, matcher, pool = args.data or args.row, "", None, "", None
     if args.row == "banking77":
-        sft, matcher = None if args.big or args.per > 2 else "--lr 3e-4", "--oracle 2"
+        sft = None if args.big or args.per > 2 else "--lr 3e-4"
         pool = few_a_label(data.split(data.load_examples(source), args.seed)["pool"], args.per)
         if args.big:
             matcher += " --n_train 3000 --n_test 400"
     elif args.row == "new_labels":
-        source, sft, matcher = f"{out.as_posix()}/rows.json", "--lr 3e-4", "--oracle 2"
+        source, sft = f"{out.as_posix()}/rows.json", "--lr 3e-4"
         rows = few_a_label(data.load_examples(args.data or "banking77"), 45)
         rows = [e | {"group": e["output"]} for e in rows]
         data.write_json(source, rows)
     elif args.row != "styles":
         lora, sft = "" if args.exemplars else ORDINARY, "--lr 2e-5" if args.big else ""
-        matcher = "--n_answers 100 --oracle 2"
+        matcher = "--n_answers 100"
         if args.big:
             matcher = "--n_train 400 --steps 20 --n_val 64 --n_test 240 --n_answers 30 --oracle 1"
         if args.big or args.row == "alpaca":
