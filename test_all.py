@@ -464,12 +464,8 @@ def test_bm25_by_hand():
             scores[ids] += weight
         close(scores, want, 1e-6)
         assert bm25.select([question], all_allowed(1, 3), 1) == [[int(np.argmax(want))]]
-
-
-def test_bm25_breaks_ties_by_the_pools_order():
-    bm25 = matcher.BM25(["b" if j % 2 else "a" for j in range(300)])  # a short list sorts stably anyway
-    for question, order in {"b": [*range(1, 300, 2), *range(0, 300, 2)], "unknown": [*range(300)]}.items():
-        assert bm25.select([question], all_allowed(1, 300), 300) == [order]
+    ties = matcher.BM25(["a", "b"] * 150).select(["b"], all_allowed(1, 300), 300)
+    assert ties == [[*range(1, 300, 2), *range(0, 300, 2)]]  # by their place in the pool
 
 
 def test_no_selector_picks_what_is_not_allowed_or_picks_twice():
@@ -494,12 +490,6 @@ def test_no_selector_picks_what_is_not_allowed_or_picks_twice():
         assert matcher.select_likeliest(tower, h, h_pool, allowed, shots) == likeliest
 
 
-def test_random_exemplars_are_uniform():
-    picks = matcher.select_random(np.tile([True, False, True, True], (3000, 1)), 1, 0)
-    share = np.bincount([p[0] for p in picks], minlength=4) / 3000
-    assert share[1] == 0 and (abs(share[[0, 2, 3]] - 1 / 3) < 4.5 * (2 / 9 / 3000) ** 0.5).all()
-
-
 def test_the_threshold_is_the_best_of_all_thresholds():
     rng = torch.Generator().manual_seed(0)
     for n in (1, 7, 50):
@@ -509,21 +499,9 @@ def test_the_threshold_is_the_best_of_all_thresholds():
         assert abs(float(gain[cosine > t].sum()) - best) < 1e-5
 
 
-@contextlib.contextmanager
-def counting(gpt, limit=math.inf):
-    """-> the list of prompts that have reached the model's methods; more than `limit` end in Ctrl-C."""
-    seen = []
-
-    def counted(original, prompts, *args, **kwargs):
-        if len(seen) + len(prompts) > limit:
-            raise KeyboardInterrupt
-        seen.extend(prompts)
-        return original(prompts, *args, **kwargs)
-
-    names = "features", "generate", "answer_logprobs"
-    methods = {name: functools.partial(counted, getattr(gpt, name)) for name in names}
-    with unittest.mock.patch.multiple(gpt, **methods):
-        yield seen
+def count(calls):
+    """How many texts, in all, have come to a method whose calls were recorded."""
+    return sum(len(call.args[-1]) for call in calls.call_args_list)
 
 
 def test_features_are_computed_once_for_each_question_model_and_adapter():
@@ -534,22 +512,10 @@ def test_features_are_computed_once_for_each_question_model_and_adapter():
                 (rows[:30] + rows[:5], "a model", "", 30), (rows[10:] + [same_question], "a model", "", 10),
                 (rows, "a model", "", 0), (rows, "another", "", 40), (rows, "another", "an adapter", 40)):
             gpt.fingerprint = fingerprint
-            with counting(gpt) as asked:
+            with patched(gpt, "features", wraps=gpt.features) as calls:
                 h = matcher.cached_features(gpt, enc, some, "test", adapter, d)
-            assert len(asked) == new
+            assert count(calls) == new
             close(h, gpt.features([data.encode_query(enc, e) for e in some]), 2e-6)
-
-
-def test_interrupted_features_end_the_same_to_the_bit():
-    gpt, enc = tiny(num_hidden_layers=1).bfloat16(), encoding()
-    rows = rows_from("hello" * (i % 7) + str(i) for i in range(1100))
-    with folder() as whole, folder() as cut:
-        want = matcher.cached_features(gpt, enc, rows, "test", cache=whole)
-        with counting(gpt, limit=600), contextlib.suppress(KeyboardInterrupt):
-            matcher.cached_features(gpt, enc, rows, "test", cache=cut)
-        with counting(gpt) as asked:
-            assert torch.equal(matcher.cached_features(gpt, enc, rows, "test", cache=cut), want)
-        assert len(asked) == 1100 - 512
 
 
 # ---- rl.py: rewards -----------------------------------------------------------------------------------
@@ -632,27 +598,10 @@ def test_the_same_question_is_asked_once_of_the_same_model_and_the_memo_keeps_th
     with folder() as d:
         for name, pool, new in (("a", POOL, 12), ("a", POOL, 0), ("b", POOL, 12), ("a", changed, 10)):
             env = environment(gpt, pool, fingerprint=name, memo_path=d / "memo.jsonl")
-            with counting(gpt) as asked:
+            with patched(env, "ask", wraps=env.ask) as calls:
                 found.append(outcomes(env))
-            assert len(asked) == new and len(env.asked) == 12  # of 14: one is there twice, in two kinds
+            assert count(calls) == new and len(env.asked) == 12  # of 14: one is there twice, in two kinds
     assert found[0] == found[1]
-
-
-def test_a_damaged_memo_costs_a_new_question_at_most_and_heals():
-    with folder() as d:
-        gpt, path = tiny(max_position_embeddings=1024), d / "memo.jsonl"
-        want, whole = environment(gpt, memo_path=path).outcomes("answer", QUESTIONS, PICKS), path.read_bytes()
-        key = json.loads(whole.splitlines()[0])[0]
-        odd = "".join(f'["{key}", {value}]\n'
-                      for value in ("null", "5", "true", '["a"]', "{}", '["a", 1]', "[" * 2000)).encode()
-        for damage in (whole[:-9], whole[:-9] + b"\xff", whole + b"5\n[]\nnull\n[[1], 2]\n", odd + whole):
-            path.write_bytes(damage)
-            with counting(gpt) as asked:
-                for _ in range(2):
-                    assert environment(gpt, memo_path=path).outcomes("answer", QUESTIONS, PICKS) == want
-            assert len(asked) <= 1
-        for nowhere in (d, d / "nowhere" / "memo.jsonl"):
-            assert str(nowhere) in refused(environment, gpt, memo_path=nowhere, error=OSError)
 
 
 def test_exemplars_that_do_not_fit_are_dropped_the_last_chosen_first():
@@ -751,20 +700,16 @@ def test_the_expected_update_is_the_exact_gradient_of_the_expected_reward():
         assert max(x.abs().max() for x in expected) > 1e-3
 
 
-def test_equal_rewards_change_nothing():
-    tower, h_pool, h = random_matcher(B=3)
-    log, = reinforce(tower, h_pool, h, lambda b, p: [0.1, 0.7, -2.3][b], K=4)
-    assert log["no_signal"] == 1 and not any(p.grad.any() for p in tower.parameters())
-
-
-def test_the_entropy_term_acts_below_its_floor_only():
+def test_equal_rewards_change_nothing_but_an_entropy_below_its_floor():
     tower, h_pool, h = random_matcher(B=2)
-    equal = functools.partial(reinforce, tower, h_pool, h, lambda b, p: 0.0, picks=[[[0], [1]], [[2], [3]]])
-    entropy = equal()[0]["entropy"]
-    equal(floor=entropy - 0.01)
-    assert not any(p.grad.any() for p in tower.parameters())
-    log = equal(200, floor=entropy + 0.1, optimizer=torch.optim.SGD(tower.parameters(), 0.1))
-    assert log[-1]["entropy"] > entropy + 0.09  # pushed up to the floor, and then left alone
+    picks = [[[0], [1], [0], [1]], [[2], [3], [2], [3]]]
+    equal = functools.partial(reinforce, tower, h_pool, h, lambda b, p: [0.7, -2.3][b], picks=picks, K=4)
+    log, = equal()
+    equal(floor=log["entropy"] - 0.01)
+    assert log["no_signal"] == 1 and not any(p.grad.any() for p in tower.parameters())
+    floor = log["entropy"] + 0.1
+    log = equal(200, floor=floor, optimizer=torch.optim.SGD(tower.parameters(), 0.1))
+    assert log[-1]["entropy"] > floor - 0.01  # pushed up to it
 
 
 def test_reinforce_learns_which_exemplar_pays():
@@ -784,22 +729,18 @@ def test_reinforce_learns_which_exemplar_pays():
 def test_rehearsal_learns_labels_without_asking_the_language_model():
     """A few channels tell the label, most tell nothing: the nearest exemplar is often the wrong one."""
     torch.manual_seed(0)
-    labels = [i % 4 for i in range(80)]
-    h = torch.cat([torch.eye(4)[labels], torch.randn(80, 60)], 1)
-    rows, tower = rows_from(range(80), labels), matcher.Matcher(64, 32)
-    parts, features, nobody = {"train": rows[16:]}, {"pool": h[:16], "train": h[16:]}, Bandit(None)
+    h = torch.cat([torch.eye(4).repeat(20, 1), torch.randn(80, 60)], 1)
+    rows, nobody = rows_from(range(80), itertools.cycle("abcd")), Bandit(None)
+    parts, features = {"train": rows[16:]}, {"pool": h[:16], "train": h[16:]}
     task = train_matcher.Task(rows[:16], parts, features, {"train": 16}, nobody, {"prob": 1}, 1)
+    tower = matcher.Matcher(64, 32)
     tower.standardise(h[:16])
-
-    def right():
+    for updates, low, high in ((0, 0.0, 0.5), (150, 0.9, 1.0)):
+        train_matcher.rehearse(task, tower, updates, seed=0)
         picks = matcher.select_likeliest(tower, h[16:], h[:16], all_allowed(64, 16), 1)
-        return np.mean([labels[j] == label for [j], label in zip(picks, labels[16:])])
-
-    assert right() < 0.5
-    train_matcher.rehearse(task, tower, 150, seed=0)
-    assert right() > 0.9
+        assert low <= rl.Copying(task.pool).score({}, rows[16:], picks).mean() <= high
     copied = rl.Copying(task.pool).score({}, [rows[20]] * 4, [[], [1], [0], [3, 4]])
-    assert copied.tolist() == [0, 0, 1, 1]  # label 0: exemplars 0, 4, 8 ...
+    assert copied.tolist() == [0, 0, 1, 1]  # "a", as exemplars 0, 4, 8 ...
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_matcher_as_it_was():
@@ -866,6 +807,13 @@ def logits(m):
     return getattr(out, "logits", out)
 
 
+def step(m, **kwargs):
+    """One step of training on all that trains."""
+    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 0.1, **kwargs)
+    m(torch.tensor(ragged(20, 20))).square().mean().backward()
+    optimizer.step()
+
+
 def test_lora_starts_at_the_base_model_and_adds_alpha_over_r_times_b_a():
     for config in BOTH:
         m, base = tiny(config), logits(tiny(config))
@@ -879,48 +827,33 @@ def test_lora_starts_at_the_base_model_and_adds_alpha_over_r_times_b_a():
 
 
 def test_merging_changes_no_answer_and_unmerging_leaves_no_trace():
-    """Twice is once; in bfloat16 too the base comes back to the bit; the embedding, which is the output head
-    as well, is left alone."""
+    """Merging twice is merging once, and after a step of training what was learnt is merged; in bfloat16 too
+    the base comes back to the bit; the embedding, which is the output head as well, is left alone."""
     for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
         m, plain = adapted(config, dtype), logits(tiny(config, dtype=dtype))
-        before = {name: layer.base.weight.clone() for name, layer in lora.layers(m).items()}
-        embedding, apart = m.embed.weight.clone(), logits(m)
+        base = {name: p.clone() for name, p in m.named_parameters() if "lora_" not in name}
         for _ in range(2):
+            apart = logits(m)
             lora.merge(m)
             together = logits(m)
             assert (together - plain).abs().max() > 0.1
-            if dtype == torch.float32:
-                close(together, apart, 1e-4)
-            lora.merge(m)
-            for change, wanted in ((lambda m: m, together), (lora.unmerge, apart), (lora.unmerge, apart)):
+            assert dtype == torch.bfloat16 or close(together, apart, 1e-4)
+            for change, wanted in ((lora.merge, together), (lora.unmerge, apart), (lora.unmerge, apart)):
                 change(m)
-                assert torch.equal(logits(m), wanted)
-                assert torch.equal(m.embed.weight, embedding)
-            assert all(torch.equal(layer.base.weight, before[name]) for name, layer in lora.layers(m).items())
-        lora.merge(m, keep_base=False)
-        assert torch.equal(logits(m), together) and not lora.layers(m)
-
-
-def test_merging_again_after_a_step_merges_what_was_learned():
-    for fused in (False, True):
-        m = adapted()
-        optimizer = torch.optim.AdamW(lora.parameters(m), 0.1, fused=fused)
-        lora.merge(m)
-        lora.unmerge(m)
-        m(torch.tensor(ragged(20, 20))).square().mean().backward()
-        optimizer.step()
+                assert torch.equal(logits(m), wanted) and torch.equal(m.embed.weight, base["embed.weight"])
+            assert all(torch.equal(p, base[name]) for name, p in m.named_parameters() if name in base)
+            step(m, fused=True)
         apart = logits(m)
-        lora.merge(m)
-        close(logits(m), apart, 1e-4)
+        lora.merge(m, keep_base=False)
+        assert not lora.layers(m) and (dtype == torch.bfloat16 or close(logits(m), apart, 1e-4))
 
 
 def test_only_the_adapter_trains_and_dropout_acts_in_training_only():
     m = adapted(dropout=0.5)
-    trainable = {name for name, p in m.named_parameters() if p.requires_grad}
-    assert trainable == {f"{name}.lora_{half}" for name in lora.layers(m) for half in "AB"}
+    trainable = {f"{name}.lora_{half}" for name in lora.layers(m) for half in "AB"}
+    assert trainable == {name for name, p in m.named_parameters() if p.requires_grad}
     before = {name: p.clone() for name, p in m.named_parameters()}
-    m(torch.tensor(ragged(20, 20))).square().mean().backward()
-    torch.optim.AdamW(m.parameters(), 0.1).step()
+    step(m)
     assert {name for name, p in m.named_parameters() if not torch.equal(p, before[name])} == trainable
     assert torch.equal(logits(m), logits(m)) and not torch.equal(logits(m.train()), logits(m))
 
@@ -939,41 +872,34 @@ def test_targets_are_chosen_by_our_names_or_by_hugging_faces():
         assert "q_proj" in refused(lora.inject, tiny(), 2, 4, bad)
 
 
-def test_peft_reads_our_adapters():
+def test_peft_and_we_read_each_others_adapters():
+    """PEFT's into our model, and what we save of it into PEFT's: the same logits, as many layers wrapped."""
     _, peft = need("transformers", "peft")
-    for config, targets, rslora, how_many in (
-            (LLAMA, "all", False, 14), (QWEN2, "all", True, 14), (GPT2, "all", True, 8),
-            (LLAMA, "attn.q_proj", True, 2), (GPT2, "attn.c_proj,c_fc", False, 4),  # our names
-            (LLAMA, "blocks.1.attn.q_proj,v_proj", False, 3), (GPT2, "h.0.mlp.c_proj", True, 1)):  # some
+
+    def wrapped(m):
+        return sum(name.endswith("lora_A.default") for name, _ in m.named_modules())
+
+    for config, targets, settings in (
+            (LLAMA, ["q_proj", "v_proj"], {"r": 40}),  # more than a layer has inputs
+            (LLAMA, ["self_attn.o_proj", "down_proj"], {"use_rslora": True}),
+            (LLAMA, ["q_proj", "nope"], {}),  # a name that matches nothing is passed over
+            (LLAMA, ["layers.1.self_attn.q_proj", "v_proj"], {}),  # some of a kind, all of another
+            (LLAMA, r"model\.layers\.1\..*\.(q_proj|up_proj)", {}),  # a regular expression
+            (LLAMA, r".*_proj", {"init_lora_weights": "gaussian", "lora_dropout": 0.1}),
+            (LLAMA, "all-linear", {"init_lora_weights": "orthogonal"}),
+            (QWEN2, "all-linear", {}), (GPT2, "all-linear", {"use_rslora": True}),
+            (GPT2, ["attn.c_proj", "c_fc"], {}), (GPT2, r".*\.h\.0\.mlp\.c_proj", {"use_rslora": True})):
+        settings = peft.LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": targets} | settings)
         with folder() as d:
-            theirs = hugging_face(config, d / "model")
+            theirs = shaken(peft.get_peft_model(hugging_face(config, d / "model"), settings)).eval()
+            theirs.save_pretrained(d / "theirs")
             ours = model.GPT.from_pretrained(d / "model")
-            lora.inject(ours, 3, 12, targets, rslora=rslora)
-            lora.save(shaken(ours), d / "adapter", d / "model", {"seed": 0})
-            theirs = peft.PeftModel.from_pretrained(theirs, d / "adapter").eval()
-            assert sum(name.endswith("lora_A.default") for name, _ in theirs.named_modules()) == how_many
+            lora.load(ours, d / "theirs")
             close(logits(ours), logits(theirs), 1e-4)
-
-
-def test_we_read_pefts_adapters():
-    _, peft = need("transformers", "peft")
-    for config, settings in (
-            (LLAMA, {"target_modules": ["q_proj", "v_proj"], "r": 40}),  # more than a layer has inputs
-            (LLAMA, {"target_modules": ["self_attn.o_proj", "down_proj"], "use_rslora": True}),
-            (LLAMA, {"target_modules": ["q_proj", "nope"]}),  # a name that matches nothing is passed over
-            (LLAMA, {"target_modules": r"model\.layers\.1\..*\.(q_proj|up_proj)"}),  # as a regular expression
-            (LLAMA, {"target_modules": r".*_proj", "init_lora_weights": "gaussian", "lora_dropout": 0.1}),
-            (LLAMA, {"target_modules": "all-linear", "init_lora_weights": "orthogonal"}),
-            (QWEN2, {"target_modules": "all-linear"}), (GPT2, {"target_modules": "all-linear"}),
-            (GPT2, {"target_modules": ["attn.c_proj", "c_fc"], "use_rslora": True}),
-            (GPT2, {"target_modules": r".*\.h\.0\.mlp\.c_proj"})):
-        with folder() as d:
-            settings = {"r": 4, "lora_alpha": 10} | settings
-            theirs = peft.get_peft_model(hugging_face(config, d / "model"), peft.LoraConfig(**settings))
-            shaken(theirs).save_pretrained(d / "adapter")
-            theirs, ours = theirs.eval(), model.GPT.from_pretrained(d / "model")
-            lora.load(ours, d / "adapter")
-            close(logits(ours), logits(theirs), 1e-4)
+            lora.save(ours, d / "ours", d / "model", {"seed": 0})
+            again = peft.PeftModel.from_pretrained(hugging_face(config, d / "model"), d / "ours").eval()
+            assert wrapped(again) == wrapped(theirs)
+            close(logits(again), logits(theirs), 1e-4)
 
 
 def saved(d):
@@ -990,9 +916,9 @@ def write(d, config, tensors):
     save_file(tensors, d / "adapter_model.safetensors")
 
 
-def turned_down(d, config=LLAMA):
+def turned_down(d, m=None):
     """The line with which a model refuses the adapter in d: it blames the file; the model is as before."""
-    m = tiny(config)
+    m = m or tiny()
     before, names = logits(m), [name for name, _ in m.named_parameters()]
     line = refused(lora.load, m, d)
     assert torch.equal(logits(m), before) and names == [name for name, _ in m.named_parameters()]
@@ -1012,39 +938,39 @@ def test_a_saved_adapter_comes_back_to_the_bit():
             assert lora.digest(d) == lora.digest(d / "b") == lora.digest(d / "c")
 
 
-def test_settings_that_change_nothing_and_adapter_names_inside_keys_do_no_harm():
+def test_settings_of_others_change_nothing_or_are_refused_by_name():
+    """{setting of adapter_config.json: (values that change nothing, values that are refused)}."""
+    settings = {
+        "task_type": ([None], []), "inference_mode": ([False], []), "revision": (["v1"], []),
+        "peft_version": (["9"], []), "base_model_name_or_path": (["a/b"], []), "fan_in_fan_out": ([True], []),
+        "loftq_config": ([{"bits": 4}], []), "lora_dropout": ([0.1], ["x"]), "r": ([], [0, True]),
+        "lora_alpha": ([], ["x", 10**400]), "peft_type": ([], ["IA3"]), "bias": ([], ["all"]),
+        "lora_bias": ([], [True]), "use_dora": ([], [True]), "exclude_modules": ([], [["q_proj"]]),
+        "modules_to_save": ([], [["lm_head"]]), "rank_pattern": ([{}], [{"q_proj": 4}]),
+        "alpha_pattern": ([], [{"q_proj": 4}]), "target_parameters": ([], [["w"]]),
+        "trainable_token_indices": ([], [[3]]),
+        "layers_to_transform": ([None], [[0], 0]), "of_a_later_version": ([None, False], [True, "x"]),
+        "target_modules": (["All-Linear"], [[], {"a": 1}, "("]),
+        "init_lora_weights": (["gaussian", "eva", "mica", False],
+                              ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq", "new"])}
     with folder() as d:
         m, config, tensors = saved(d)
-        inside, mine = ({key.replace(".weight", f".{name}.weight"): t for key, t in tensors.items()}
-                        for name in ("default", "my-adapter"))
-        bare = {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
-        changes = {"task_type": [None], "inference_mode": [False], "revision": ["v1"], "peft_version": ["9"],
-                   "base_model_name_or_path": ["a/b"], "lora_dropout": [0.1], "fan_in_fan_out": [True],
-                   "init_lora_weights": ["gaussian", "eva", "mica", False], "loftq_config": [{"bits": 4}],
-                   "rank_pattern": [{}], "layers_to_transform": [None], "of_a_later_version": [None, False]}
-        changes["target_modules"] = ["All-Linear"]
-        files = [({key: value}, tensors) for key in changes for value in changes[key]]
-        for change, some in [*files, ({}, inside), ({}, mine), ({}, bare)]:
-            write(d, config | change, some)
-            again = tiny()
-            lora.load(again, d)
-            assert torch.equal(logits(again), logits(m)), change
-        write(d, config, inside | {key: t.clone() for key, t in tensors.items()})  # two adapters in one
+        for key, (fine, bad) in settings.items():
+            for value in fine:
+                write(d, config | {key: value}, tensors)
+                lora.load(again := tiny(), d)
+                assert torch.equal(logits(again), logits(m)), (key, value)
+            for value in bad:
+                write(d, config | {key: value}, tensors)
+                assert key in turned_down(d), (key, value)
+        for name in ("default", "my-adapter"):  # keys may name the adapter, and lack PEFT's prefix
+            some = {key.removeprefix("base_model.model.").replace(".weight", f".{name}.weight"): t
+                    for key, t in tensors.items()}
+            write(d, config, some)
+            lora.load(again := tiny(), d)
+            assert torch.equal(logits(again), logits(m))
+        write(d, config, some | {key: t.clone() for key, t in tensors.items()})  # two adapters in one
         assert "twice" in turned_down(d)
-
-
-def test_settings_that_change_the_computation_are_refused_by_name():
-    asks = {"use_dora": [True], "modules_to_save": [["lm_head"]], "rank_pattern": [{"q_proj": 4}],
-            "alpha_pattern": [{"q_proj": 4}], "layers_to_transform": [[0], 0], "peft_type": ["IA3"],
-            "bias": ["all"], "lora_bias": [True], "exclude_modules": [["q_proj"]], "r": [0, True],
-            "trainable_token_indices": [[3]], "target_parameters": [["w"]], "of_a_later_version": [True, "x"],
-            "lora_alpha": ["x", 10**400], "lora_dropout": ["x"], "target_modules": [[], {"a": 1}, "("],
-            "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq", "new"]}
-    with folder() as d:
-        _, config, tensors = saved(d)
-        for key, value in ((name, value) for name in asks for value in asks[name]):
-            write(d, config | {key: value}, tensors)
-            assert key in turned_down(d), (key, value)
         for bad in ([], None, "x", {}, config | {"target_modules": [5]}, config | {"target_modules": "proj"}):
             write(d, bad, tensors)
             turned_down(d)
@@ -1053,11 +979,10 @@ def test_settings_that_change_the_computation_are_refused_by_name():
 def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
     with folder() as d:
         good, config, tensors = saved(d / "good")
-        deep, flat = LLAMA | {"num_hidden_layers": 3}, LLAMA | {"num_hidden_layers": 1}
-        for word, other in {"missing": deep, "no place": flat, "another model": GPT2}.items():
-            assert word in turned_down(d / "good", other)
-        *_, last = tensors
-        m = tiny()
+        for word, other in (("missing", LLAMA | {"num_hidden_layers": 3}), ("another model", GPT2),
+                            ("no place", LLAMA | {"num_hidden_layers": 1})):
+            assert word in turned_down(d / "good", tiny(other))
+        (*_, last), m = tensors, tiny()
         for word, some in (
                 ("missing", {k: t for k, t in tensors.items() if k != last}),
                 ("no place", tensors | {"model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(3, 32)}),
@@ -1066,45 +991,35 @@ def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
                 ("shape", tensors | {last: torch.ones(1, 2)}),
                 ("finite", tensors | {last: tensors[last] * math.nan})):
             write(d / "bad", config, some)
-            assert word in turned_down(d / "bad") and word in refused(lora.load, m, d / "bad"), word
+            assert word in turned_down(d / "bad", m), word
         lora.load(m, d / "good")
         assert "already" in refused(lora.load, m, d / "good") and torch.equal(logits(m), logits(good))
         assert "already" in refused(lora.inject, m)
-        lora.save(good, d / "bad", extra={"note": 1})
-        save_file({last: torch.ones(1)}, d / "bad/adapter_model.safetensors")  # a kill between the two files
-        assert "not written with these weights" in turned_down(d / "bad")
-        (d / "bad" / "adapter_model.safetensors").unlink()
-        for name in ("bad", "nothing"):
-            assert "No such file" in refused(lora.load, tiny(), d / name, error=OSError)
 
 
 # ---- train_lora.py: what the LoRA learns from -----------------------------------------------------------
+
 
 def texts(questions, answers, n=2, near=None, shares=(0, 0), shots=1, enc=None):
     return train_lora.Texts(questions, answers, n, near, shares, shots, enc or encoding())
 
 
-def batch_by_hand(begin=(), **kwargs):
+def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
     """Row 1 behind exemplar 0, and row 0 alone. 9 is the end token, 2 2 the blank lines between them.
 
     row 0      5  6  7  8  2  2  4  3        exemplar 0: question 5 6, answer 7 8 9; question 4, answer 3 9
     predicts      7  8  9        3  9        row 1: 5 6 7 8, which predicts 7 8 9
     """
-    enc = types.SimpleNamespace(begin_ids=[*begin])
-    some = texts([[*begin, 5, 6], [*begin, 4]], [[7, 8, 9], [3, 9]], enc=enc)
-    with patched(data, "encode", lambda enc, text: [2, 2]):
-        return some.batch([1, 0], [[0], []], "cpu", **kwargs)
+    def batch(begin, **kwargs):
+        enc = types.SimpleNamespace(begin_ids=begin)
+        some = texts([[*begin, 5, 6], [*begin, 4]], [[7, 8, 9], [3, 9]], enc=enc)
+        with patched(data, "encode", lambda enc, text: [2, 2]):
+            return [x.tolist() for x in some.batch([1, 0], [[0], []], "cpu", **kwargs)]
 
-
-def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
-    ids, where, targets, lengths = batch_by_hand()
-    assert ids.tolist() == [[5, 6, 7, 8, 2, 2, 4, 3], [5, 6, 7, 8, 0, 0, 0, 0]] and lengths.tolist() == [8, 4]
-    assert where.tolist() == [1, 2, 3, 6, 7, 9, 10, 11] and targets.tolist() == [7, 8, 9, 3, 9, 7, 8, 9]
-    same, *own, _ = batch_by_hand(train_on_exemplars=False)
-    assert torch.equal(same, ids) and [t.tolist() for t in own] == [[6, 7, 9, 10, 11], [3, 9, 7, 8, 9]]
-    begun = batch_by_hand(begin=[1])
-    assert begun[0].tolist() == [[1, 5, 6, 7, 8, 2, 2, 4, 3], [1, 5, 6, 7, 8, 0, 0, 0, 0]]
-    assert begun[1].tolist() == [2, 3, 4, 7, 8, 11, 12, 13] and torch.equal(begun[2], targets)
+    rows, wanted = [[5, 6, 7, 8, 2, 2, 4, 3], [5, 6, 7, 8, 0, 0, 0, 0]], [7, 8, 9, 3, 9, 7, 8, 9]
+    assert batch([]) == [rows, [1, 2, 3, 6, 7, 9, 10, 11], wanted, [8, 4]]
+    assert batch([1]) == [[[1, *row] for row in rows], [2, 3, 4, 7, 8, 11, 12, 13], wanted, [9, 5]]
+    assert batch([], train_on_exemplars=False) == [rows, [6, 7, 9, 10, 11], [3, 9, 7, 8, 9], [8, 4]]
 
 
 def test_training_text_is_what_the_model_will_be_asked():
@@ -1166,61 +1081,35 @@ def test_training_examples_stand_behind_their_nearest_of_their_own_group():
     alone, grouped = [[2], [3], [0], [1], [0], [0]], [[2], [3], [0], [1], [5], [4]]
     for names, wanted in ((None, alone), ("ababcc", grouped), ("aaaaa", alone), ("aaaaaa", grouped),
                           ("abcdef", [[]] * 6)):
-        rows = [{"instruction": text, "input": "", "output": ""} for text in texts]
+        rows = rows_from(texts)
         for row, name in zip(rows, names or ""):
             row["group"] = name
         near = train_lora.neighbours(rows, 4, 1)
         assert [near(i) for i in range(6)] == wanted
-    dates = [("write", "2021-03", "Y2021"), ("write", "7 pm", "at 7"), ("put", "1999-12", "Y1999")]
-    rows = [dict(zip(("instruction", "input", "output"), row), group="a") for row in dates]
+    rows = rows_from(("write 2021-03", "write 7 pm", "put 1999-12"), ("Y2021", "at 7", "Y1999"))
+    rows = [e | {"group": "a"} for e in rows]
     assert train_lora.neighbours(rows, 3, 1)(0) == [2]  # of the same form, though it asks in other words
-    asked = "card lost, card late, card new, lost, c, d, e".split(", ")
-    rows = [{"instruction": text, "input": "", "output": label} for text, label in zip(asked, "abbaccc")]
+    rows = rows_from("card lost, card late, card new, lost, c, d, e".split(", "), "abbaccc")
     assert train_lora.neighbours(rows, 7, 1)(1) == [2]  # of labels the same one, else of two alike the first
     assert train_lora.neighbours(rows[:3], 3, 1)(1) == [0]
 
 
 def test_how_many_stand_behind_an_exemplar_follows_from_the_data_unless_it_is_typed():
-    own = [{"instruction": str(i), "input": "", "output": str(i)} for i in range(12)]
-    labels = [e | {"output": "ab"[i % 2]} for i, e in enumerate(own)]
+    own, labels = rows_from(range(12), range(12)), rows_from(range(12), "ab" * 6)
     grouped = [e | {"group": 1} for e in own]
     for typed, free, shown in (((None, None), (0.7, 0.1), (1, 0)), ((0.9, None), (0.9, 0.1), (0.9, 0.1)),
                                ((None, 0.4), (0.6, 0.4), (0.6, 0.4)), ((0, 0), (0, 0), (0, 0))):
         for rows, wanted in ((own, free), (labels, shown), (grouped, shown)):
             args = types.SimpleNamespace(share_nearest=typed[0], share_random=typed[1], shots=1)
             parts = {"lora_train": rows[2:], "lora_val": rows[:2]}
-            made = train_lora.load_texts(args, 512, encoding(), parts)
-            close([*made.shares], [*wanted], 1e-9)
-
-
-def training_run(held_out=lambda *_: 1.0, requested=lambda: False):
-    """train() with a held-out loss and a Ctrl-C of our own: (the steps that were saved, its last words)."""
-    args = types.SimpleNamespace(steps=4, batch_size=2, seed=0, lr=1e-3, warmup=0.1, eval_every=2,
-                                 full=False, rank=2, alpha=4, targets="all", dropout=0.0)
-    run, saved_at, ends = train_lora.prepare(tiny(), args), [], ""
-    some = texts(ragged(5, 6, 7, 8), ragged(3, 2, 4, 3), n=3)
-    with patched(data, "Interrupt") as interrupt, patched(train_lora, "held_out_loss", held_out):
-        type(interrupt.return_value).requested = unittest.mock.PropertyMock(side_effect=requested)
-        try:
-            train_lora.train(run, some, args, data.Processes(), lambda: None,
-                             lambda: saved_at.append(run.step))
-        except data.UserError as error:
-            ends = str(error)
-    return saved_at, ends
+            close(train_lora.load_texts(args, 512, encoding(), parts).shares, wanted, 1e-9)
 
 
 def test_a_held_out_loss_that_is_not_a_number_stops_the_run_before_it_is_saved():
-    values = iter((1.0, math.nan))
-    saved_at, end = training_run(lambda *_: next(values))
-    assert saved_at == [2] and "step 4" in end and "nan" in end
-
-
-def test_a_run_that_says_it_is_saved_is_saved_whenever_ctrl_c_comes():
-    for late in range(8):  # at the late-th time that anyone looks
-        looks = itertools.count()
-        saved_at, end = training_run(requested=lambda: next(looks) >= late)  # noqa: B023
-        if end:
-            assert f"stopped after step {saved_at[-1]}," in end, (late, saved_at, end)
+    with copy_of_trained(*LORA) as d, patched(train_lora, "held_out_loss", side_effect=[1.0, math.nan]):
+        status, _, err = script("train_lora", cwd=d)
+        assert status == 2 and "step 4: held-out loss nan" in err
+        assert data.read_checkpoint(d / "out/last_lora.safetensors")[1]["step"] == 2
 
 
 # ---- data.py: the template, styles and the split ---------------------------------------------------------
@@ -1264,7 +1153,7 @@ def test_text_cannot_pose_as_another_section_nor_as_the_end():
 
 def test_styles_have_one_rule_for_each_house_and_field():
     """Of a field's six ways of writing just one turns all values of a house into their answers."""
-    examples, fits = data.styles(), {}
+    examples, left = data.styles(), {}
     assert examples == data.styles() != data.styles(seed=1) and len(examples) == 120 * 8 * 3
     for e in examples:
         assert e["group"] in e["instruction"] and e["output"] not in e["instruction"]
@@ -1272,9 +1161,9 @@ def test_styles_have_one_rule_for_each_house_and_field():
         pattern = re.sub(r"\\{\d[^}]*\\}", "(.+)", re.escape(show))  # from an input back to its values
         values = [int(w) if w.isdecimal() else w for w in re.fullmatch(pattern, e["input"]).groups()]
         fit = {n for n, way in enumerate(ways) if way.format(*values) == e["output"]}
-        fits.setdefault((e["group"], e["field"]), []).append(fit)
-    rules = {(*key, *set.intersection(*found)) for key, found in fits.items() if len(found) == 3}
-    assert {len(rule) for rule in rules} == {3} and len(rules) == 120 * 8
+        rule = e["group"], e["field"]
+        left[rule] = left.get(rule, fit) & fit
+    assert len(left) == 120 * 8 and all(len(fit) == 1 for fit in left.values())
 
 
 def test_splits_share_no_question_and_say_what_they_leave_out():
@@ -1314,6 +1203,12 @@ def test_groups_are_split_whole_and_their_first_third_joins_the_pool_stage_by_st
 # ---- data.py: files of examples --------------------------------------------------------------------------
 
 
+def read(d, content, name="a.json"):
+    """What load_examples makes of a file with this content, and what it prints."""
+    (d / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return said_by(data.load_examples, d / name)
+
+
 def test_rows_are_read_from_lists_and_lines_whatever_the_suffix_and_as_they_stand():
     """Alpaca's and Dolly's spelling; indentation, line ends, separators: an answer that is code compiles."""
     odd = {"instruction": " Complete it:\n", "input": "def f(x):", "output": "    a = x\n    a\u2028\x85\r\n"}
@@ -1323,11 +1218,10 @@ def test_rows_are_read_from_lists_and_lines_whatever_the_suffix_and_as_they_stan
     with folder() as d:
         for rows in (alpaca, dolly):
             lines = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
-            for text in (json.dumps(rows), "\n " + json.dumps(rows, indent=2, ensure_ascii=False), lines,
-                         "\ufeff\n" + lines.replace("\n", "\r\n\r\n")):
-                for name in ("a.json", "a.jsonl", "A.JSONL", "a.ndjson", "a.jsonlines", "a"):
-                    (d / name).write_bytes(text.encode())
-                    assert said_by(data.load_examples, d / name) == ([DATE, PLAIN, odd], "")
+            texts = [json.dumps(rows), "\n " + json.dumps(rows, indent=2, ensure_ascii=False), lines,
+                     "\ufeff\n" + lines.replace("\n", "\r\n\r\n")]
+            for text, name in itertools.product(texts, ("a.json", "A.JSONL", "a.ndjson", "a")):
+                assert read(d, text, name) == ([DATE, PLAIN, odd], "")
 
 
 def test_nothing_in_a_row_is_passed_over_unsaid():
@@ -1336,35 +1230,32 @@ def test_nothing_in_a_row_is_passed_over_unsaid():
     both = {"instruction": "Say hello.", "input": "", "context": None, "output": None, "response": "hello"}
     talk = [DATE | {"system": "Be curt.", "history": [[1]] * n, "id": 1, "group": n} for n in range(5)]
     cases = [
-        (near, near, ""), (near + near[:3], near, "3 duplicate rows"), ([DATE | {"output": ""}], None, ""),
+        (near, near, ""), (near + near[:3], near, "3 duplicate rows"),
+        ([DATE | {"output": ""}], [DATE | {"output": ""}], ""),
         ([both | {"history": []}, DATE | {"context": "", "response": ""}], [PLAIN, DATE], ""),
         (talk, [DATE | {"group": n} for n in range(5)], "'system' (5 rows), 'history' (4 rows)"),
         ([DATE | {"context": "?", "text": "t", "source": "s"}], [DATE], "prompt: 'context' (1 rows)"),
         ([DATE | {"\x1b[2J": 1}], [DATE], r"\x1b")]
     with folder() as d:
         for rows, want, words in cases:
-            data.write_json(d / "a.json", rows)
-            found, said = said_by(data.load_examples, d / "a.json")
-            assert found == (want or rows) and words in said and said.count("\n") == bool(words), said
+            found, said = read(d, json.dumps(rows))
+            assert found == want and words in said and said.count("\n") == bool(words), said
             assert "\x1b" not in said
 
 
 def test_a_file_that_is_something_else_is_named_for_what_it_is():
-    whole, raw = json.dumps(DATE), "\n".join(map(json.dumps, rows_of(3))).encode()
-    formats = [
-        (b"\x1f\x8b\x08", "compressed"), (b"PK\x03\x04..", "JSON"), (raw.decode().encode("utf-16"), "UTF-8"),
-        (b"instruction,input,output\nhi,,ho\n", "CSV"), (raw + b'\n{"a": "\xe9"}', "not text in UTF-8")]
-    rows = [
-        (whole + "\n{oops\n" + whole, "line 2"), (whole + "\n\n[1]", "3"), ('{"messages": []}', "'messages'"),
+    whole, lines = json.dumps(DATE), "\n".join(map(json.dumps, rows_of(3)))
+    cases = [
+        (b"\x1f\x8b\x08", "compressed"), (b"PK\x03\x04..", "JSON"), (lines.encode("utf-16"), "UTF-8"),
+        (lines.encode() + b'\n{"a": "\xe9"}', "not text in UTF-8"), ("instruction,input\nhi,\n", "CSV"),
+        (f"{whole}\n{{oops\n{whole}", "line 2"), (whole + "\n\n[1]", "3"), ('{"messages": []}', "'messages'"),
         (whole + '\n{"instruction": "x"}', "'output'"), ('{"instruction": " ", "output": "x"}', "empty"),
         ('{"instruction": "x", "input": ["a"], "output": "y"}', "not text"), ("[]", "no examples"),
         ("[3]", "row 1"), ('{"instruction": "x", "output": NaN}', "not text"), ("{\n}", "line 1")]
     with folder() as d:
-        for name in ("a.jsonl", "a.json"):
-            for raw, words in formats + [(text.encode(), words) for text, words in rows]:
-                (d / name).write_bytes(raw)
-                message = refused(data.load_examples, d / name)
-                assert words in message and str(d / name) in message, (raw, message)
+        for (content, words), name in itertools.product(cases, ("a.jsonl", "a.json")):
+            message = refused(read, d, content, name)
+            assert words in message and str(d / name) in message, (content, message)
         assert "--pool" in refused(data.load_examples, d / "none", "--pool")
 
 
@@ -1446,19 +1337,15 @@ def test_an_answer_ends_as_both_configs_say():
             data.write_json(d / "generation_config.json", {} if more is None else {"eos_token_id": more})
             enc = data.load_tokenizer(d)
             assert (enc.end_ids, data.encode_answer(enc, PLAIN)[-1]) == (want, want[0]), (eos, more)
+        for file, bad in itertools.product(("generation_config.json", "config.json"),
+                                           ("</s>", [[0]], True, 2.0, -1)):
+            data.write_json(write_tiny_folder(d) / file, LLAMA | {"eos_token_id": bad})
+            line = refused(data.load_tokenizer, d)
+            assert f"{d / file}: eos_token_id" in line, (file, bad, line)
+            (d / "generation_config.json").unlink(missing_ok=True)
         spec = tokenizer(vocab={t: i for t, i in vocabulary().items() if i > 1}) | {"added_tokens": []}
-        data.write_json(d / "tokenizer.json", spec)
+        data.write_json(write_tiny_folder(d, LLAMA | {"eos_token_id": None}) / "tokenizer.json", spec)
         assert "eos_token_id" in refused(data.load_tokenizer, d)
-
-
-def test_a_config_whose_end_is_no_token_id_is_the_file_that_is_named():
-    bad = [{"eos_token_id": end} for end in ("</s>", [[0]], True, 2.0, -1)]
-    for file in ("config.json", "generation_config.json"):
-        for change in bad:
-            with folder() as d:
-                data.write_json(write_tiny_folder(d) / file, LLAMA | change)
-                line = refused(data.load_tokenizer, d)
-                assert str(d / file) in line and "eos_token_id" in line, (file, change, line)
 
 
 def test_tokenizers_that_would_differ_are_refused_by_name():
