@@ -201,11 +201,9 @@ def spread(name, shape):
 
 def random_weights(c, seed=0):
     """{Hugging Face's name: tensor}."""
-    rng, out = torch.Generator().manual_seed(seed), {}
-    for name, shape in shapes_of(c).items():
-        mean, std = spread(name, shape)
-        out[name] = mean + std * torch.randn(shape, generator=rng)
-    return out
+    rng = torch.Generator().manual_seed(seed)
+    return {name: torch.empty(shape).normal_(*spread(name, shape), generator=rng)
+            for name, shape in shapes_of(c).items()}
 
 
 def write_tiny_folder(d, config=LLAMA, seed=0, weights=None):
@@ -708,7 +706,7 @@ def test_equal_rewards_change_nothing_but_an_entropy_below_its_floor():
     equal(floor=log["entropy"] - 0.01)
     assert log["no_signal"] == 1 and not any(p.grad.any() for p in tower.parameters())
     floor = log["entropy"] + 0.1
-    log = equal(200, floor=floor, optimizer=torch.optim.SGD(tower.parameters(), 0.1))
+    log = equal(80, floor=floor, optimizer=torch.optim.SGD(tower.parameters(), 0.4))
     assert log[-1]["entropy"] > floor - 0.01  # pushed up to it
 
 
@@ -833,6 +831,7 @@ def test_merging_changes_no_answer_and_unmerging_leaves_no_trace():
         m, plain = adapted(config, dtype), logits(tiny(config, dtype=dtype))
         base = {name: p.clone() for name, p in m.named_parameters() if "lora_" not in name}
         for _ in range(2):
+            step(m, fused=True)
             apart = logits(m)
             lora.merge(m)
             together = logits(m)
@@ -842,10 +841,8 @@ def test_merging_changes_no_answer_and_unmerging_leaves_no_trace():
                 change(m)
                 assert torch.equal(logits(m), wanted) and torch.equal(m.embed.weight, base["embed.weight"])
             assert all(torch.equal(p, base[name]) for name, p in m.named_parameters() if name in base)
-            step(m, fused=True)
-        apart = logits(m)
         lora.merge(m, keep_base=False)
-        assert not lora.layers(m) and (dtype == torch.bfloat16 or close(logits(m), apart, 1e-4))
+        assert torch.equal(logits(m), together) and not lora.layers(m)
 
 
 def test_only_the_adapter_trains_and_dropout_acts_in_training_only():
@@ -1154,7 +1151,9 @@ def test_text_cannot_pose_as_another_section_nor_as_the_end():
 def test_styles_have_one_rule_for_each_house_and_field():
     """Of a field's six ways of writing just one turns all values of a house into their answers."""
     examples, left = data.styles(), {}
-    assert examples == data.styles() != data.styles(seed=1) and len(examples) == 120 * 8 * 3
+    assert examples == data.styles() != data.styles(seed=1)
+    times = Counter((e["group"], e["field"]) for e in examples)
+    assert len(times) == 120 * 8 and set(times.values()) == {3}
     for e in examples:
         assert e["group"] in e["instruction"] and e["output"] not in e["instruction"]
         _, _, show, ways = data._FIELDS[e["field"]]
@@ -1163,7 +1162,7 @@ def test_styles_have_one_rule_for_each_house_and_field():
         fit = {n for n, way in enumerate(ways) if way.format(*values) == e["output"]}
         rule = e["group"], e["field"]
         left[rule] = left.get(rule, fit) & fit
-    assert len(left) == 120 * 8 and all(len(fit) == 1 for fit in left.values())
+    assert all(len(fit) == 1 for fit in left.values())
 
 
 def test_splits_share_no_question_and_say_what_they_leave_out():
@@ -1337,36 +1336,33 @@ def test_an_answer_ends_as_both_configs_say():
             data.write_json(d / "generation_config.json", {} if more is None else {"eos_token_id": more})
             enc = data.load_tokenizer(d)
             assert (enc.end_ids, data.encode_answer(enc, PLAIN)[-1]) == (want, want[0]), (eos, more)
-        for file, bad in itertools.product(("generation_config.json", "config.json"),
-                                           ("</s>", [[0]], True, 2.0, -1)):
-            data.write_json(write_tiny_folder(d) / file, LLAMA | {"eos_token_id": bad})
-            line = refused(data.load_tokenizer, d)
-            assert f"{d / file}: eos_token_id" in line, (file, bad, line)
-            (d / "generation_config.json").unlink(missing_ok=True)
+        files = d / "generation_config.json", d / "config.json"  # of two bad ones the latter is named
+        for file, bad in itertools.product(files, ("</s>", [[0]], True, 2.0, -1)):
+            data.write_json(file, LLAMA | {"eos_token_id": bad})
+            assert f"{file}: eos_token_id" in refused(data.load_tokenizer, d), (file, bad)
         spec = tokenizer(vocab={t: i for t, i in vocabulary().items() if i > 1}) | {"added_tokens": []}
         data.write_json(write_tiny_folder(d, LLAMA | {"eos_token_id": None}) / "tokenizer.json", spec)
         assert "eos_token_id" in refused(data.load_tokenizer, d)
 
 
 def test_tokenizers_that_would_differ_are_refused_by_name():
-    vocab, plain = vocabulary(), tokenizer()
-    pre = {"Metaspace": {"type": "Metaspace"}, "pre_tokenizer": None, "loses text": split_by(r"\s"),
-           "ByteLevel": BYTE_LEVEL | {"add_prefix_space": True}, "damaged": split_by("(")}
-    cases = [(word, tokenizer(pre=step)) for word, step in pre.items()]
-    changes = {"byte_fallback": True, "dropout": 0.1, "not_yet_invented": 1, "end_of_word_suffix": "</w>"}
-    cases += [(key, tokenizer(**{key: value})) for key, value in changes.items()]
+    vocab, plain, step = vocabulary(), tokenizer(), {"type": "RobertaProcessing", "sep": ["x", 0]}
     vocabs = {"order": vocab | {"he": vocab["ll"], "ll": vocab["he"]}, "twice": vocab | {"he": 0},
               "hell": {t: i for t, i in vocab.items() if t != "hell"}, "no merge makes": vocab | {"lo": V}}
-    cases += [(word, tokenizer(vocab=changed)) for word, changed in vocabs.items()]
-    cases += [(key, added(plain, {"<think>": {key: True}})) for key in ("lstrip", "rstrip", "single_word")]
-    cases += [("Lowercase", tokenizer(normalizer={"type": "Lowercase"})),
-              ("WordPiece", tokenizer(type="WordPiece")),
-              ("", {}), ("", []),
-              ("ids up to", tokenizer(vocab=vocab | {"x!": V}, merges=[*MERGES, "x !"])),
-              ("behind every text", plain | {"post_processor": template(0, behind=True)}),
-              ("Roberta", plain | {"post_processor": {"type": "RobertaProcessing", "sep": ["x", 0]}})]
+    splits = {"Metaspace": {"type": "Metaspace"}, "pre_tokenizer": None, "loses text": split_by(r"\s"),
+              "ByteLevel": BYTE_LEVEL | {"add_prefix_space": True}, "damaged": split_by("(")}
+    settings = {"byte_fallback": True, "dropout": 0.1, "not_yet_invented": 1, "end_of_word_suffix": "</w>"}
+    cases = {
+        "Lowercase": tokenizer(normalizer={"type": "Lowercase"}), "WordPiece": tokenizer(type="WordPiece"),
+        "KeyError": {}, "list": [], "Roberta": plain | {"post_processor": step},
+        "behind every text": plain | {"post_processor": template(0, behind=True)},
+        "ids up to": tokenizer(vocab=vocab | {"x!": V}, merges=[*MERGES, "x !"]),
+        **{word: tokenizer(vocab=changed) for word, changed in vocabs.items()},
+        **{word: tokenizer(pre=split) for word, split in splits.items()},
+        **{key: tokenizer(**{key: value}) for key, value in settings.items()},
+        **{key: added(plain, {"<think>": {key: True}}) for key in ("lstrip", "rstrip", "single_word")}}
     with folder() as d:
-        for word, spec in cases:
+        for word, spec in cases.items():
             data.write_json(write_tiny_folder(d) / "tokenizer.json", spec)
             message = refused(data.load_tokenizer, d)
             assert word in message and "tokenizer" in message, (word, message)
