@@ -296,7 +296,7 @@ def by_hand(tower, h_pool, h, picks, allowed):
 
 
 def every_episode(tower, h_pool, h, shots, allowed, picks=(), p=1.0, entropies=()):
-    """Yields each that begins with `picks`: (picks padded with STOP, probability, its decisions' entropies)."""
+    """Yields (picks padded with STOP, probability, decisions' entropies) of all that begin with `picks`."""
     if len(picks) == shots or matcher.STOP in picks:
         yield [*picks, *[matcher.STOP] * (shots - len(picks))], p, entropies
         return
@@ -731,6 +731,14 @@ def test_rehearsal_learns_labels_without_asking_the_language_model():
     assert copied.tolist() == [0, 0, 1, 1]  # "a", as exemplars 0, 4, 8 ...
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_matcher_as_it_was():
+    tower, h_pool, h = random_matcher()
+    before, optimizer = [p.clone() for p in tower.parameters()], torch.optim.SGD(tower.parameters(), 0.1)
+    run = functools.partial(reinforce, optimizer=optimizer)
+    assert "non-finite" in refused(run, tower, h_pool, h, lambda b, p: math.nan, error=RuntimeError)
+    assert all(map(torch.equal, tower.parameters(), before))
+
+
 # ---- rl.py: figures -----------------------------------------------------------------------------------
 
 
@@ -1093,6 +1101,16 @@ def test_a_held_out_loss_that_is_not_a_number_stops_the_run_before_it_is_saved()
         status, _, err = script("train_lora", cwd=d)
         assert status == 2 and "step 4: held-out loss nan" in err
         assert data.read_checkpoint(d / "out/last_lora.safetensors")[1]["step"] == 2
+
+
+def test_a_run_that_says_it_is_saved_is_saved_whenever_ctrl_c_comes():
+    for looks in range(8):  # how often it is looked for before it has come
+        pressed = unittest.mock.PropertyMock(side_effect=[*[False] * looks, *[True] * 9])
+        with copy_of_trained(*LORA) as d, patched(data, "Interrupt") as interrupt:
+            type(interrupt.return_value).requested = pressed
+            _, _, err = script("train_lora", cwd=d)
+            if says := re.search(r"stopped after step (\d)", err):
+                assert data.read_checkpoint(d / "out/last_lora.safetensors")[1]["step"] == int(says[1])
 
 
 # ---- data.py: the template, styles and the split ---------------------------------------------------------
