@@ -482,6 +482,12 @@ def test_no_selector_picks_what_is_not_allowed_or_picks_twice():
         assert matcher.select_likeliest(tower, h, h_pool, allowed, shots) == likeliest
 
 
+def test_random_exemplars_are_uniform():
+    picks = matcher.select_random(np.tile([True, False, True, True], (3000, 1)), 1, 0)
+    share = np.bincount([p[0] for p in picks], minlength=4) / 3000
+    assert share[1] == 0 and (abs(share[[0, 2, 3]] - 1 / 3) < 4.5 * (2 / 9 / 3000) ** 0.5).all()
+
+
 def test_the_threshold_is_the_best_of_all_thresholds():
     rng = torch.Generator().manual_seed(0)
     for n in (1, 7, 50):
@@ -508,6 +514,18 @@ def test_features_are_computed_once_for_each_question_model_and_adapter():
                 h = matcher.cached_features(gpt, enc, some, "test", adapter, d)
             assert count(calls) == new
             close(h, gpt.features([data.encode_query(enc, e) for e in some]), 2e-6)
+
+
+def test_interrupted_features_end_the_same_to_the_bit():
+    gpt, enc = tiny(num_hidden_layers=1).bfloat16(), encoding()
+    rows = rows_from("hello" * (i % 7) + str(i) for i in range(1100))
+    with folder() as whole, folder() as cut:
+        want = matcher.cached_features(gpt, enc, rows, "test", cache=whole)
+        with patched(gpt, "features", side_effect=[want[:512], KeyboardInterrupt]):
+            refused(matcher.cached_features, gpt, enc, rows, "test", cache=cut, error=KeyboardInterrupt)
+        with patched(gpt, "features", wraps=gpt.features) as calls:
+            assert torch.equal(matcher.cached_features(gpt, enc, rows, "test", cache=cut), want)
+        assert count(calls) == 1100 - 512
 
 
 # ---- rl.py: rewards -----------------------------------------------------------------------------------
@@ -584,8 +602,10 @@ def test_the_environment_answers_as_the_model_does_behind_the_written_out_prompt
 
 
 def test_the_same_question_is_asked_once_of_the_same_model_and_the_memo_keeps_the_outcome():
-    """It knows exemplars by their text. Remembered or not, an outcome is part of what an experiment costs."""
+    """It knows exemplars by their text, and passes over lines that are damaged. Remembered or not, an outcome
+    is part of what an experiment costs."""
     gpt, found = tiny(max_position_embeddings=1024), []
+    odd = "null", "5", "true", '["a"]', "{}", '["a", 1]', "[" * 2000
     changed = [e | {"output": e["output"] + "!"} for e in POOL]
     with folder() as d:
         for name, pool, new in (("a", POOL, 12), ("a", POOL, 0), ("b", POOL, 12), ("a", changed, 10)):
@@ -593,6 +613,9 @@ def test_the_same_question_is_asked_once_of_the_same_model_and_the_memo_keeps_th
             with patched(env, "ask", wraps=env.ask) as calls:
                 found.append(outcomes(env))
             assert count(calls) == new and len(env.asked) == 12  # of 14: one is there twice, in two kinds
+            with open(d / "memo.jsonl", "ab") as file:
+                lines = "".join(f'["{min(env.asked)}", {value}]\n' for value in odd)
+                file.write(lines.encode() + b'5\n[]\nnull\n[[1], 2]\n\xff["cut short')
     assert found[0] == found[1]
 
 
@@ -986,6 +1009,9 @@ def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
         lora.load(m, d / "good")
         assert "already" in refused(lora.load, m, d / "good") and torch.equal(logits(m), logits(good))
         assert "already" in refused(lora.inject, m)
+        lora.save(good, d / "bad", extra={"note": 1})
+        save_file({last: torch.ones(1)}, d / "bad/adapter_model.safetensors")  # a kill between the two files
+        assert "not written with these weights" in turned_down(d / "bad")
 
 
 # ---- train_lora.py: what the LoRA learns from -----------------------------------------------------------
