@@ -62,10 +62,8 @@ import train_matcher
 
 HERE = Path(__file__).resolve().parent
 patched = unittest.mock.patch.object
-torch.set_num_threads(1)  # the models are so small that a second thread costs more than it helps
-
-
 Skip = unittest.SkipTest  # raised by a test that cannot run here: the message says why
+torch.set_num_threads(1)  # the models are so small that a second thread costs more than it helps
 
 
 def need(*names):
@@ -122,8 +120,7 @@ def failing(error):
 
 def close(a, b, tolerance):
     """Are a and b equal to within `tolerance`, absolutely? And are they numbers at all?"""
-    a, b = (x.detach() if isinstance(x, torch.Tensor) else x for x in (a, b))
-    a, b = (torch.as_tensor(np.asarray(x, dtype=np.float64)) for x in (a, b))
+    a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (a, b))
     assert a.shape == b.shape and torch.isfinite(a).all(), (a.shape, b.shape)
     assert (a - b).abs().max() <= tolerance, f"{(a - b).abs().max():.2e} apart, {tolerance} allowed"
     return True
@@ -173,27 +170,22 @@ BOTH, QWEN2 = (LLAMA, GPT2), LLAMA | {"model_type": "qwen2"}
 def shapes_of(c):
     """{Hugging Face's name of a weight: its shape in a checkpoint}, written down from the architecture."""
     if c["model_type"] == "gpt2":
-        C, out = c["n_embd"], {}
+        C = c["n_embd"]
         layer = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "ln_2": (C,),
                  "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-        for i in range(c["n_layer"]):
-            for name, shape in layer.items():
-                name = f"transformer.h.{i}.{name}"
-                out |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
-        return out | {"transformer.wte.weight": (c["vocab_size"], C),
-                      "transformer.wpe.weight": (c["n_positions"], C),
-                      "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
+        out = {f"transformer.h.{i}.{name}.{what}": shape if what == "weight" else shape[-1:]
+               for i in range(c["n_layer"]) for name, shape in layer.items() for what in ("weight", "bias")}
+        embeddings = {"wte": (c["vocab_size"], C), "wpe": (c["n_positions"], C), "ln_f": (C,)}
+        out |= {f"transformer.{name}.weight": shape for name, shape in embeddings.items()}
+        return out | {"transformer.ln_f.bias": (C,)}
     C, M = c["hidden_size"], c["intermediate_size"]
-    H, KV = c["num_attention_heads"], c["num_key_value_heads"]
-    D = C // H
-    layer = {"input_layernorm": (C,), "self_attn.q_proj": (H * D, C), "self_attn.k_proj": (KV * D, C),
-             "self_attn.v_proj": (KV * D, C), "self_attn.o_proj": (C, H * D),
-             "post_attention_layernorm": (C,),
+    KV = C // c["num_attention_heads"] * c["num_key_value_heads"]
+    layer = {"input_layernorm": (C,), "self_attn.q_proj": (C, C), "self_attn.k_proj": (KV, C),
+             "self_attn.v_proj": (KV, C), "self_attn.o_proj": (C, C), "post_attention_layernorm": (C,),
              "mlp.gate_proj": (M, C), "mlp.up_proj": (M, C), "mlp.down_proj": (C, M)}
     out = {"model.embed_tokens.weight": (c["vocab_size"], C), "model.norm.weight": (C,)}
-    for i in range(c["num_hidden_layers"]):
-        for name, shape in layer.items():
-            out[f"model.layers.{i}.{name}.weight"] = shape
+    out |= {f"model.layers.{i}.{name}.weight": shape
+            for i in range(c["num_hidden_layers"]) for name, shape in layer.items()}
     return out if c["tie_word_embeddings"] else out | {"lm_head.weight": (c["vocab_size"], C)}
 
 
@@ -208,11 +200,9 @@ def spread(name, shape):
 
 def random_weights(c, seed=0):
     """{Hugging Face's name: tensor}."""
-    rng, out = torch.Generator().manual_seed(seed), {}
-    for name, shape in shapes_of(c).items():
-        mean, std = spread(name, shape)
-        out[name] = mean + std * torch.randn(shape, generator=rng)
-    return out
+    rng = torch.Generator().manual_seed(seed)
+    return {name: torch.empty(shape).normal_(*spread(name, shape), generator=rng)
+            for name, shape in shapes_of(c).items()}
 
 
 def write_tiny_folder(d, config=LLAMA, seed=0, weights=None):
@@ -246,11 +236,18 @@ def rows_of(n, start=0):
     return [{k: e[k] for k in ("instruction", "input", "output")} for e in data.styles()[start:start + n]]
 
 
+def rows_from(questions, answers=None):
+    """Examples without an input."""
+    answers = answers or itertools.repeat("")
+    return [{"instruction": str(q), "input": "", "output": str(a)} for q, a in zip(questions, answers)]
+
+
 # ---- matcher.py: the policy ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def float64():
+    """New tensors are in double precision meanwhile; above a test, throughout it."""
     torch.set_default_dtype(torch.float64)
     try:
         yield
@@ -258,98 +255,97 @@ def float64():
         torch.set_default_dtype(torch.float32)
 
 
-def random_matcher(C=4, n=4, B=1, seed=0, **kwargs):
-    """A matcher far from where it starts, pool features (n, C) it is standardised on, questions (B, C)."""
+def random_matcher(C=4, n=4, B=1, seed=0, learnt=True, **kwargs):
+    """A matcher, if `learnt` far from where it starts; features of its pool (n, C), of questions (B, C)."""
     rng = torch.Generator().manual_seed(seed)
     tower = matcher.Matcher(C, 6, **kwargs)
     h_pool, h = (2 + 3 * torch.randn(rows, C, generator=rng) for rows in (n, B))
-    for p in tower.parameters():
+    for p in tower.parameters() if learnt else ():
         p.data = torch.tensor(0.4) if p.ndim == 0 else 0.7 * torch.randn(p.shape, generator=rng)
     tower.standardise(h_pool)
     return tower, h_pool, h
 
 
+def all_allowed(B, n):
+    return torch.ones(B, n, dtype=torch.bool)
+
+
+def first_choice(tower, h_pool, h, allowed):
+    """The policy before anything is chosen, (B, n + 1): a probability per exemplar, then that of *stop*."""
+    none = torch.zeros(len(h), 0, dtype=torch.long)
+    return tower.scores(h, tower.encode(h_pool), none, allowed).softmax(-1)
+
+
+@torch.no_grad()
 def by_hand(tower, h_pool, h, picks, allowed):
-    """Probability of each action after `picks`, {index or STOP: p}: matcher.py's formulas in numpy."""
-
-    def mlp(layers, x):
-        w1, b1, w2, b2 = (p.detach().numpy() for p in layers.parameters())
-        a = w1 @ x + b1
-        return w2 @ (a * 0.5 * (1 + np.vectorize(math.erf)(a / math.sqrt(2)))) + b2
-
-    def unit(x):
-        return x / np.linalg.norm(x)
+    """Probability of each action after `picks`, {index or STOP: p}: matcher.py's formulas, one by one."""
 
     def z(x):
-        return (x.numpy() - h_pool.numpy().mean(0)) / h_pool.numpy().std(0)
+        return (x - h_pool.mean(0)) / h_pool.std(0, correction=0)
 
-    context = np.mean([z(h_pool[j]) for j in picks], 0) if picks else 0 * z(h)
-    *a, s = mlp(tower.question_mlp, np.concatenate([z(h), context]))
-    u = unit(z(h) + mlp(tower.shared_mlp, z(h)) + a)
-    weights = {matcher.STOP: math.exp(math.exp(tower.tau.item()) * s)}
+    def unit(x):
+        return x / x.norm()
+
+    context = torch.stack([z(h_pool[j]) for j in picks]).mean(0) if picks else torch.zeros_like(h)
+    *a, s = tower.question_mlp(torch.cat([z(h), context]))
+    u, scores = unit(z(h) + tower.shared_mlp(z(h)) + torch.stack(a)), {matcher.STOP: s}
     for j in set(allowed) - set(picks):
-        v = unit(z(h_pool[j]) + mlp(tower.shared_mlp, z(h_pool[j])))
-        weights[j] = math.exp(math.exp(tower.tau.item()) * (u @ v))
-    return {a: w / sum(weights.values()) for a, w in weights.items()}
+        scores[j] = u @ unit(z(h_pool[j]) + tower.shared_mlp(z(h_pool[j])))
+    weights = {action: math.exp(tower.tau.exp() * score) for action, score in scores.items()}
+    return {action: w / sum(weights.values()) for action, w in weights.items()}
 
 
-def every_episode(tower, h_pool, h, shots, allowed):
-    """[(picks padded with STOP, probability, the entropy of each decision)] of all possible episodes."""
-    done, open_ = [], [((), 1.0, ())]
-    while open_:
-        picks, p, entropies = open_.pop()
-        if len(picks) == shots:
-            done.append((list(picks), p, entropies))
-            continue
-        actions = by_hand(tower, h_pool, h, picks, allowed)
-        entropies += (-sum(q * math.log(q) for q in actions.values()),)
-        for a, q in actions.items():
-            if a == matcher.STOP:
-                done.append((list(picks) + [a] * (shots - len(picks)), p * q, entropies))
-            else:
-                open_.append((picks + (a,), p * q, entropies))
-    return done
+def every_episode(tower, h_pool, h, shots, allowed, picks=(), p=1.0, entropies=()):
+    """Yields (picks padded with STOP, probability, decisions' entropies) of all that begin with `picks`."""
+    if len(picks) == shots or matcher.STOP in picks:
+        yield [*picks, *[matcher.STOP] * (shots - len(picks))], p, entropies
+        return
+    actions = by_hand(tower, h_pool, h, picks, allowed)
+    entropies += (-sum(q * math.log(q) for q in actions.values()),)
+    for a, q in actions.items():
+        yield from every_episode(tower, h_pool, h, shots, allowed, (*picks, a), p * q, entropies)
 
 
 def policy_cases():
     """Matchers, what is allowed, and all their episodes: pools that run out, too."""
     every = range(4)
     for n, shots, allowed in ((4, 3, every), (4, 1, every), (4, 3, [0, 3]), (4, 3, []), (2, 3, range(2))):
-        with float64():
-            tower, h_pool, h = random_matcher(n=n)
+        tower, h_pool, h = random_matcher(n=n)
         mask = torch.tensor([[j in allowed for j in range(n)]])
-        yield tower, h_pool, h, shots, mask, every_episode(tower, h_pool, h[0], shots, allowed)
+        yield tower, h_pool, h, shots, mask, list(every_episode(tower, h_pool, h[0], shots, allowed))
 
 
+@float64()
+@torch.no_grad()
 def test_the_policys_log_probability_is_exact_for_every_sequence():
     for tower, h_pool, h, _, allowed, episodes in policy_cases():
-        picks = torch.tensor([[picks for picks, _, _ in episodes]])  # (1, all, m)
-        with float64(), torch.no_grad():
-            log_pi, entropy = tower.log_prob(h, tower.encode(h_pool), picks, allowed)
-        close(log_pi[0], np.log([p for _, p, _ in episodes]), 1e-11)
+        picks, p, entropies = zip(*episodes)
+        log_pi, entropy = tower.log_prob(h, tower.encode(h_pool), torch.tensor([picks]), allowed)  # (1, all)
+        close(log_pi[0], np.log(p), 1e-11)
         close(log_pi.exp().sum(), 1.0, 1e-12)
-        close(entropy[0], [np.mean(e) for _, _, e in episodes], 1e-11)
+        close(entropy[0], [np.mean(e) for e in entropies], 1e-11)
 
 
+@float64()
+@torch.no_grad()
 def test_greedy_picks_take_the_likeliest_action_at_each_step():
     for tower, h_pool, h, shots, allowed, _ in policy_cases():
-        prefix, chances = [], []
-        while len(prefix) < shots and matcher.STOP not in prefix:  # follow the likeliest branch
-            actions = by_hand(tower, h_pool, h[0], prefix, allowed[0].nonzero()[:, 0].tolist())
-            prefix.append(max(actions, key=actions.get))
-            chances.append(actions[prefix[-1]])
-        with float64(), torch.no_grad():
-            picks, found = tower.play(h, tower.encode(h_pool), allowed, shots)
-        assert picks[0].tolist() == prefix + [matcher.STOP] * (shots - len(prefix))
-        close(found[0, : len(chances)], chances, 1e-11)
+        picks, chances = tower.play(h, tower.encode(h_pool), allowed, shots)
+        before, free = [], allowed[0].nonzero()[:, 0].tolist()
+        for pick, chance in zip(picks[0].tolist(), chances[0]):
+            over = matcher.STOP in before
+            actions = {matcher.STOP: 1.0} if over else by_hand(tower, h_pool, h[0], before, free)
+            assert pick == max(actions, key=actions.get)
+            close(chance, actions[pick], 1e-11)
+            before.append(pick)
 
 
+@float64()
 def test_sampled_picks_come_as_often_as_their_probability_says():
     n = 20_000
     for tower, h_pool, h, shots, allowed, episodes in policy_cases():
-        with float64():
-            rng = torch.Generator().manual_seed(0)
-            picks = tower.sample(h, tower.encode(h_pool), allowed, shots, n, rng)[0]
+        rng = torch.Generator().manual_seed(0)
+        picks = tower.sample(h, tower.encode(h_pool), allowed, shots, n, rng)[0]
         seen = Counter(map(tuple, picks.tolist()))
         want = {tuple(picks): p for picks, p, _ in episodes}
         assert set(seen) <= set(want)  # nothing twice, nothing forbidden, what stops stays
@@ -357,44 +353,26 @@ def test_sampled_picks_come_as_often_as_their_probability_says():
 
 
 def test_questions_share_a_batch_without_changing_each_other():
-    tower, h_pool, h = random_matcher(n=4, B=30)
+    tower, h_pool, h = random_matcher(B=30)
     allowed = torch.rand(30, 4, generator=torch.Generator().manual_seed(1)) < 0.7
     pool = tower.encode(h_pool)
     picks = tower.sample(h, pool, allowed, 3, 2, torch.Generator().manual_seed(0))  # (30, 2, 3)
     assert len({int((row == matcher.STOP).sum()) for row in picks.flatten(0, 1)}) > 2
-    together = tower.log_prob(h, pool, picks, allowed)
-    for b in range(30):
+    together = zip(*tower.log_prob(h, pool, picks, allowed))  # log pi and entropy of each question
+    for b, found in enumerate(together):
         alone = tower.log_prob(h[b : b + 1], pool, picks[b : b + 1], allowed[b : b + 1])
-        close(together[0][b], alone[0][0], 1e-5)
-        close(together[1][b], alone[1][0], 1e-5)
-
-
-def test_the_policys_gradient_is_that_of_finite_differences():
-    for tower, h_pool, h, _, allowed, episodes in itertools.islice(policy_cases(), 4):
-        picks = torch.tensor([[picks for picks, _, _ in episodes][:7]])
-        weight = torch.linspace(-1, 1, picks.shape[1], dtype=torch.float64)
-
-        def value(*parameters):  # which gradcheck moves where they are
-            log_pi, entropy = tower.log_prob(h, tower.encode(h_pool), picks, allowed)  # noqa: B023
-            return (weight * log_pi).sum() + 0.3 * entropy.mean()  # noqa: B023
-
-        with float64():
-            assert torch.autograd.gradcheck(value, [*tower.parameters()], eps=1e-6, atol=1e-7, rtol=0)
+        close(torch.stack(found), torch.cat(alone), 1e-5)
 
 
 def test_an_untrained_matcher_is_cosine_nearest_neighbour():
-    rng = torch.Generator().manual_seed(0)
-    h_pool, h = 5 + 2 * torch.randn(30, 16, generator=rng), 5 + 2 * torch.randn(40, 16, generator=rng)
-    tower, allowed = matcher.Matcher(16), torch.ones(40, 30, dtype=torch.bool)
-    tower.standardise(h_pool)
-    z_pool, z = ((x - h_pool.mean(0)) / h_pool.std(0, correction=0) for x in (h_pool, h))
-    cosine = torch.tensor([[a @ b / (a.norm() * b.norm()) for b in z_pool] for a in z])
-    picks, _ = tower.play(h, tower.encode(h_pool), allowed, 1)
+    tower, h_pool, h = random_matcher(16, 30, 40, learnt=False)
+    z, z_pool = ((x - h_pool.mean(0)) / h_pool.std(0, correction=0) for x in (h, h_pool))
+    cosine = F.cosine_similarity(z[:, None], z_pool, dim=-1)  # (40, 30)
     assert (cosine.amax(1) > 0).all()  # *stop* stands at similarity 0
-    assert picks[:, 0].tolist() == cosine.argmax(1).tolist()
-    near = matcher.select_nearest(tower.z(h), tower.z(h_pool), allowed, 1)
-    assert near == picks.tolist()
-    close(matcher.similarity(tower.z(h), tower.z(h_pool), near), cosine.amax(1), 1e-5)
+    nearest, allowed = cosine.argmax(1, keepdim=True).tolist(), all_allowed(40, 30)
+    assert tower.play(h, tower.encode(h_pool), allowed, 1)[0].tolist() == nearest
+    assert matcher.select_nearest(tower.z(h), tower.z(h_pool), allowed, 1) == nearest
+    close(matcher.similarity(tower.z(h), tower.z(h_pool), nearest), cosine.amax(1), 1e-5)
 
 
 def test_a_feature_that_never_varies_does_no_harm():
@@ -403,84 +381,62 @@ def test_a_feature_that_never_varies_does_no_harm():
     assert torch.isfinite(tower.z(h_pool)).all() and tower.std[1] == 1 and not tower.z(h_pool)[:, 1].any()
 
 
-def test_the_policy_starts_as_sharp_as_asked_whatever_the_pools_size():
-    for n in (5, 300):
-        _, h_pool, h = random_matcher(C=8, n=n, B=40)
-        tower = matcher.Matcher(8)
-        tower.standardise(h_pool)
-        allowed, none = torch.rand(40, n) < 0.9, torch.zeros(40, 0, dtype=torch.long)
-        for nats in (0.3, 0.7):
-            tower.sharpen(h, tower.encode(h_pool), allowed, nats)
-            p = tower.scores(h, tower.encode(h_pool), none, allowed).softmax(-1)
-            close(torch.special.entr(p).sum(-1).mean(), nats, 0.01)
-
-
-def test_the_stop_prior_is_the_median_questions_chance_of_stopping():
-    tower, h_pool, h = random_matcher(C=8, n=30, B=21)
-    for p, allowed in ((0.2, torch.ones(21, 30, dtype=torch.bool)), (0.05, torch.rand(21, 30) < 0.5)):
-        tower = matcher.Matcher(8, 16)
-        tower.standardise(h_pool)
-        tower.set_stop_prior(p, h, tower.encode(h_pool), allowed)
-        scores = tower.scores(h, tower.encode(h_pool), torch.zeros(21, 0, dtype=torch.long), allowed)
-        close(scores.softmax(-1)[:, -1].median(), p, 1e-5)
+def test_the_policy_starts_as_sharp_and_as_ready_to_stop_as_asked_whatever_the_pools_size():
+    """In the mean the first choice has so many nats of entropy; the median question stops with chance p."""
+    for n, nats, p in ((5, 0.3, 0.2), (5, 0.7, 0.05), (300, 0.3, 0.05), (300, 0.7, 0.2)):
+        tower, h_pool, h = random_matcher(8, n, 41, learnt=False)
+        encoded, allowed = tower.encode(h_pool), torch.rand(41, n) < 0.9
+        tower.sharpen(h, encoded, allowed, nats)
+        close(torch.special.entr(first_choice(tower, h_pool, h, allowed)).sum(-1).mean(), nats, 0.01)
+        tower.set_stop_prior(p, h, encoded, allowed)
+        close(first_choice(tower, h_pool, h, allowed)[:, -1].median(), p, 1e-5)
 
 
 def test_a_policy_that_stops_below_t_starts_as_the_threshold_selector():
-    _, h_pool, h = random_matcher(C=8, n=30, B=40)
-    tower, allowed = matcher.Matcher(8, 16), torch.rand(40, 30) < 0.5
-    tower.standardise(h_pool)
-    for t in (-2.0, 0.5, 2.0):
+    tower, h_pool, h = random_matcher(8, 30, 40, learnt=False)
+    allowed = torch.rand(40, 30) < 0.5
+    allowed[0] = False
+    for t, without in ((-2.0, [1]), (0.5, range(5, 36)), (2.0, [40])):
         tower.stop_below(t)
         tower.sharpen(h, tower.encode(h_pool), allowed, 0.3)
         picks = matcher.select_threshold(tower.z(h), tower.z(h_pool), allowed, 1, t)
         assert matcher.select_likeliest(tower, h, h_pool, allowed, 1) == picks
-        assert [bool(p) for p in picks].count(False) in {-2.0: [0], 0.5: range(5, 36), 2.0: [40]}[t]
+        assert picks.count([]) in without
 
 
 def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one_line():
-    made_with = dict.fromkeys(("shots", "seed", "max_new_tokens"), 2) | {"reward": {}}
-    made_with |= dict.fromkeys(("model", "fingerprint", "adapter"), "x")
-    for kwargs in ({}, {"candidates": 3}):
-        tower, h_pool, h = random_matcher(B=5, **kwargs)
-        with folder() as d:
-            matcher.save(tower, d, made_with)
-            again, settings = matcher.load(d)
-            assert settings["shots"] == 2 and again.settings == tower.settings
-            none, allowed = torch.zeros(5, 0, dtype=torch.long), torch.ones(5, 4, dtype=torch.bool)
-            scores = [t.scores(h, t.encode(h_pool), none, allowed) for t in (tower, again)]
-            assert torch.equal(*scores)
-            config = data.read_json(d / "config.json")
-            shape = config["matcher"]
-            for bad in ({"shots": 0}, {"shots": -1}, {"seed": "x"}, {"reward": "rouge"}, {"weights": "0"},
-                        {"matcher": []}, {"matcher": {}}, {"matcher": shape | {"hidden": 7}},
-                        {"matcher": shape | {"C": "4"}}):
-                (d / "config.json").write_text(json.dumps(config | bad))
-                refused(matcher.load, d)
-        assert "train_matcher.py" in refused(matcher.load, d)  # gone
+    made_with = {"shots": 2, "seed": 0, "max_new_tokens": 8, "reward": {}, "model": "m", "fingerprint": "f",
+                 "adapter": "a"}
+    tower, h_pool, h = random_matcher(B=5, candidates=3)
+    with folder() as d:
+        matcher.save(tower, d, made_with)
+        again, settings = matcher.load(d)
+        assert made_with.items() <= settings.items() and again.settings == tower.settings
+        assert torch.equal(*(first_choice(t, h_pool, h, all_allowed(5, 4)) for t in (tower, again)))
+        for bad in ({"shots": 0}, {"shots": -1}, {"seed": "x"}, {"reward": "rouge"}, {"weights": "0"},
+                    {"matcher": []}, {"matcher": {}}, {"matcher": tower.settings | {"hidden": 7}},
+                    {"matcher": tower.settings | {"C": "4"}}):
+            (d / "config.json").write_text(json.dumps(settings | bad))
+            refused(matcher.load, d)
 
 
 # ---- matcher.py: what is allowed, the other selectors, features ---------------------------------------
 
 
-def test_a_question_never_meets_itself_and_candidates_are_the_nearest_of_the_allowed():
-    pool = [{"instruction": str(n % 5), "input": "", "output": str(n)} for n in range(8)]
-    asked = matcher.where_asked(pool)
-    allowed = matcher.allowed_exemplars([pool[2], {"instruction": "x", "input": ""}], asked, 6)
-    assert (~allowed).nonzero().tolist() == [[0, 2]]  # 7 asks the same, behind the end
-    assert (~matcher.allowed_exemplars([pool[2]], asked, 8)).nonzero().tolist() == [[0, 2], [0, 7]]
+def test_a_question_never_meets_itself():
+    pool = rows_from((j % 5 for j in range(8)), range(8))
+    questions, asked = [pool[2], *rows_from("x")], matcher.where_asked(pool)
+    for n, same in ((8, [[0, 2], [0, 7]]), (6, [[0, 2]])):  # 2 and 7 ask the same
+        assert (~matcher.allowed_exemplars(questions, asked, n)).nonzero().tolist() == same
+
+
+def test_candidates_are_the_nearest_of_the_allowed():
     z_pool, z = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [1, 1]]), torch.tensor([[1.0, 0.1], [-1, 0.1]])
-    everything = torch.ones(2, 4, dtype=torch.bool)
-
-    def narrow(allowed, k):
-        m = matcher.Matcher(2, candidates=k)
-        return m.narrow(z, m.encode(z_pool), allowed)
-
-    near = narrow(everything, 2)
-    assert near.tolist() == [[True, False, False, True], [False, True, True, False]]
-    some = torch.tensor([[False, True, True, True], [True, True, False, True]])
-    near = narrow(some, 1)
-    assert near.tolist() == [[False, False, False, True], [False, True, False, False]]
-    assert narrow(some, 0) is some and narrow(everything, 99).all()
+    some = [[0, 1, 1, 1], [1, 1, 0, 1]]
+    for k, allowed, near in ((2, [[1] * 4] * 2, [[1, 0, 0, 1], [0, 1, 1, 0]]),
+                             (1, some, [[0, 0, 0, 1], [0, 1, 0, 0]]), (0, some, some), (99, some, some)):
+        tower = matcher.Matcher(2, candidates=k)
+        assert tower.narrow(z, tower.encode(z_pool), torch.tensor(allowed).bool()).int().tolist() == near
 
 
 def test_bm25_by_hand():
@@ -499,39 +455,31 @@ def test_bm25_by_hand():
         for ids, weight in (bm25.weights[w] for w in bm25.words(question) if w in bm25.weights):
             scores[ids] += weight
         close(scores, want, 1e-6)
-        assert bm25.select([question], np.ones((1, 3), bool), 1) == [[int(np.argmax(want))]]
-
-
-def test_bm25_breaks_ties_by_the_pools_order():
-    bm25, free = matcher.BM25(["b", "a", "b", "c", "b"]), np.ones((1, 5), bool)
-    assert bm25.select(["b"], free, 4) == [[0, 2, 4, 1]]
-    assert bm25.select(["unknown"], free, 5) == [[0, 1, 2, 3, 4]]
-    many = matcher.BM25(["b" if n % 2 else "a" for n in range(300)])  # short ones sort stably anyway
-    assert many.select(["b"], np.ones((1, 300), bool), 300) == [[*range(1, 300, 2), *range(0, 300, 2)]]
+        assert bm25.select([question], all_allowed(1, 3), 1) == [[int(np.argmax(want))]]
+    ties = matcher.BM25(["a", "b"] * 150).select(["b"], all_allowed(1, 300), 300)
+    assert ties == [[*range(1, 300, 2), *range(0, 300, 2)]]  # by their place in the pool
 
 
 def test_no_selector_picks_what_is_not_allowed_or_picks_twice():
-    rng = torch.Generator().manual_seed(0)
     n, B, shots = 6, 40, 4
-    tower, h_pool, h = random_matcher(C=5, n=n, B=B)
+    tower, h_pool, h = random_matcher(5, n, B)
     z_pool, z = tower.z(h_pool), tower.z(h)
-    allowed = torch.rand(B, n, generator=rng) < 0.5
+    allowed = torch.rand(B, n, generator=torch.Generator().manual_seed(0)) < 0.5
     allowed[0], allowed[1] = False, True
     bm25 = matcher.BM25([f"word{j} word{j + 1}" for j in range(n)])
-    chosen = {"random": matcher.select_random(allowed, shots, 0),
-              "knn": matcher.select_nearest(z, z_pool, allowed, shots),
-              "bm25": bm25.select([f"word{b % 7} word{b % 3}" for b in range(B)], allowed, shots)}
-    for name, picks in chosen.items():
-        for row, ps in zip(allowed, picks):
-            assert len(set(ps)) == len(ps) == min(shots, int(row.sum())) and all(row[j] for j in ps), name
-    cosine = F.cosine_similarity(z[:, None], z_pool[None], dim=-1)
-    for row, ps, c in zip(allowed, chosen["knn"], cosine.tolist()):
-        assert ps == sorted((j for j in range(n) if row[j]), key=lambda j: -c[j])[:shots]
-    with patched(matcher, "at_once", lambda pool: 3):  # a few at a time
-        assert matcher.select_nearest(z, z_pool, allowed, shots) == chosen["knn"]
-        few = matcher.select_likeliest(tower, h, h_pool, allowed, shots)
-    assert few == matcher.select_likeliest(tower, h, h_pool, allowed, shots)
-    assert all(row[j] for row, ps in zip(allowed, few) for j in ps) and any(few)
+    knn = matcher.select_nearest(z, z_pool, allowed, shots)
+    for chosen in (knn, matcher.select_random(allowed, shots, 0),
+                   bm25.select([f"word{b % 7} word{b % 3}" for b in range(B)], allowed, shots)):
+        for row, picks in zip(allowed, chosen):
+            assert len(set(picks)) == len(picks) == min(shots, int(row.sum())) and all(row[picks])
+    cosine = F.cosine_similarity(z[:, None], z_pool, dim=-1)
+    for row, picks, c in zip(allowed, knn, cosine.tolist()):
+        assert picks == sorted((j for j in range(n) if row[j]), key=lambda j: -c[j])[:shots]
+    likeliest = matcher.select_likeliest(tower, h, h_pool, allowed, shots)
+    assert all(all(row[picks]) for row, picks in zip(allowed, likeliest)) and any(likeliest)
+    with patched(matcher, "at_once", lambda pool: 3):  # a few questions at a time
+        assert matcher.select_nearest(z, z_pool, allowed, shots) == knn
+        assert matcher.select_likeliest(tower, h, h_pool, allowed, shots) == likeliest
 
 
 def test_random_exemplars_are_uniform():
@@ -547,59 +495,43 @@ def test_the_threshold_is_the_best_of_all_thresholds():
         t = matcher.tune_threshold(cosine, gain)
         best = max(float(gain[cosine > edge].sum()) for edge in [-1.0, *cosine.tolist()])
         assert abs(float(gain[cosine > t].sum()) - best) < 1e-5
-    z_pool, z = torch.eye(3), torch.tensor([[1.0, 0.1, 0], [1, 1, 1]])
-    assert matcher.select_threshold(z, z_pool, torch.ones(2, 3, dtype=torch.bool), 1, 0.9) == [[0], []]
-    assert matcher.select_threshold(z, z_pool, torch.zeros(2, 3, dtype=torch.bool), 1, -2.0) == [[], []]
 
 
-@contextlib.contextmanager
-def counting(gpt, limit=math.inf):
-    """Yields .n, how many prompts have reached the model's methods; more than `limit` end in Ctrl-C."""
-    count = types.SimpleNamespace(n=0)
-
-    def counted(original, prompts, *args, **kwargs):
-        if count.n + len(prompts) > limit:
-            raise KeyboardInterrupt
-        count.n += len(prompts)
-        return original(prompts, *args, **kwargs)
-
-    names = "features", "generate", "answer_logprobs"
-    with unittest.mock.patch.multiple(
-            gpt, **{name: functools.partial(counted, getattr(gpt, name)) for name in names}):
-        yield count
+def count(calls):
+    """How many texts, in all, have come to a method whose calls were recorded."""
+    return sum(len(call.args[-1]) for call in calls.call_args_list)
 
 
-def test_features_are_computed_once_for_each_question():
+def test_features_are_computed_once_for_each_question_model_and_adapter():
     gpt, rows, enc = tiny(num_hidden_layers=1), rows_of(40), encoding()
+    same_question = rows[0] | {"output": "another"}
     with folder() as d:
-        again = rows[0] | {"output": "another"}
-        for some, new in ((rows[:30] + rows[:5], 30), (rows[10:] + [again], 10), (rows, 0)):
-            with counting(gpt) as count:
-                h = matcher.cached_features(gpt, enc, some, "test", cache=d)
-            assert count.n == new
+        for some, fingerprint, adapter, new in (
+                (rows[:30] + rows[:5], "a model", "", 30), (rows[10:] + [same_question], "a model", "", 10),
+                (rows, "a model", "", 0), (rows, "another", "", 40), (rows, "another", "an adapter", 40)):
+            gpt.fingerprint = fingerprint
+            with patched(gpt, "features", wraps=gpt.features) as calls:
+                h = matcher.cached_features(gpt, enc, some, "test", adapter, d)
+            assert count(calls) == new
             close(h, gpt.features([data.encode_query(enc, e) for e in some]), 2e-6)
-        for gpt.fingerprint, adapter in (("another model", ""), ("another model", "an adapter")):
-            with counting(gpt) as count:
-                matcher.cached_features(gpt, enc, rows, "test", adapter, d)
-            assert count.n == 40
 
 
 def test_interrupted_features_end_the_same_to_the_bit():
     gpt, enc = tiny(num_hidden_layers=1).bfloat16(), encoding()
-    rows = [{"instruction": "hello" * (i % 7) + str(i), "input": "", "output": ""} for i in range(1100)]
+    rows = rows_from("hello" * (i % 7) + str(i) for i in range(1100))
     with folder() as whole, folder() as cut:
         want = matcher.cached_features(gpt, enc, rows, "test", cache=whole)
-        with counting(gpt, 600), contextlib.suppress(KeyboardInterrupt):
-            matcher.cached_features(gpt, enc, rows, "test", cache=cut)
-        with counting(gpt) as count:
+        with patched(gpt, "features", side_effect=[want[:512], KeyboardInterrupt]):
+            refused(matcher.cached_features, gpt, enc, rows, "test", cache=cut, error=KeyboardInterrupt)
+        with patched(gpt, "features", wraps=gpt.features) as calls:
             assert torch.equal(matcher.cached_features(gpt, enc, rows, "test", cache=cut), want)
-        assert count.n == 1100 - 512
+        assert count(calls) == 1100 - 512
 
 
 # ---- rl.py: rewards -----------------------------------------------------------------------------------
 
 
-def test_rouge_l_by_hand():
+def test_rouge_l_by_hand_and_exact_forgives_white_space_only():
     """F1 = 2 LCS / (words of one + words of the other), the longest common subsequence in capitals. Vowel
     signs belong to their letters, and a text without words is its symbols."""
     cases = [("THE CAT sat ON THE MAT", "THE CAT is ON THE MAT", 2 * 5 / 12),
@@ -607,19 +539,14 @@ def test_rouge_l_by_hand():
              ("the gunman kill POLICE", "POLICE killed the gunman", 2 * 2 / 8),  # not "police"
              ("C b a", "a b C", 2 * 1 / 6), ("A B A B", "A B", 2 * 2 / 6), ("a b", "c d", 0.0),
              ("Hello, World!", "hello world", 1.0), ("$12.50", "12 50", 1.0), ("x_1", "x 1", 1.0),
-             ("日本 語", "日本", 2 * 1 / 3), ("", "", 1.0), ("", "a", 0.0), ("a", "...", 0.0), ("", "+", 0.0),
-             ("?! !", "?!", 2 * 2 / 5)]
+             ("日本 語", "日本", 2 * 1 / 3), ("", "a", 0.0), ("a", "...", 0.0), ("", "+", 0.0),
+             ("?! !", "?!", 2 * 2 / 5), ("9 march", "9 March", 1.0), ("9March", "9 March", 0.0)]
     different = "की का", "हिन्दी हिन्दु", "கி கு", "ก่า ก้า", "👎 👍", "- +", "Ж З"
     for answer, reference, want in cases + [(*pair.split(), 0.0) for pair in different]:
         assert abs(rl.rouge_l(answer, reference) - want) < 1e-12, (answer, reference)
         assert rl.rouge_l(answer, reference) == rl.rouge_l(reference, answer)
-        assert rl.rouge_l(answer, answer) == 1 and rl.exact(answer, reference) == (answer == reference)
-
-
-def test_exact_forgives_white_space_only():
-    assert rl.exact(" 9  March\n", "9 March") == 1 and rl.exact("", " ") == 1
-    for a, b in (("9 march", "9 March"), ("9 March.", "9 March"), ("9March", "9 March"), ("", "x")):
-        assert rl.exact(a, b) == 0
+        assert rl.rouge_l(answer, answer) == 1 and rl.exact(answer, reference) == 0
+    assert rl.exact(" 9  March\n", "9 March") == rl.exact("", " ") == rl.rouge_l("", "") == 1
 
 
 def test_what_the_lora_is_trained_to_say_earns_the_reward_1_and_nothing_else_does():
@@ -639,9 +566,8 @@ def test_what_the_lora_is_trained_to_say_earns_the_reward_1_and_nothing_else_doe
 
 
 def test_rewards_are_named_and_weighted():
-    assert rl.parse_reward("exact") == {"exact": 1.0}
-    assert rl.parse_reward("rouge:0.5, logprob:2") == {"rouge": 0.5, "logprob": 2.0}
-    assert rl.parse_reward("prob") == {"prob": 1.0}
+    for text, weights in {"prob": {"prob": 1}, "rouge:0.5, exact:2": {"rouge": 0.5, "exact": 2}}.items():
+        assert rl.parse_reward(text) == weights
     for bad in ("", "bleu", "rouge:x", "rouge:nan", "rouge:inf", "exact,", "rouge:0.5;exact",
                 "rouge,rouge:0.5", "exact:0", "rouge:-1"):
         assert "--reward" in refused(rl.parse_reward, bad), bad
@@ -649,105 +575,78 @@ def test_rewards_are_named_and_weighted():
 
 # ---- rl.py: the language model as an environment that remembers ---------------------------------------
 
-QUESTIONS, POOL = rows_of(6), rows_of(5, 48)
-PICKS = [[], [0], [1, 2], [2, 1], [0, 3, 4], [4]]
-KINDS = "answer", "logprob"
+POOL, QUESTIONS = rows_of(5, 48), [rows_of(5)[i] for i in (0, 1, 2, 2, 3, 4, 4)]
+PICKS = [[], [0], [1, 2], [2, 1], [0, 3, 4], [4], [4]]  # the last is the same again
 
 
-def environment(gpt=None, **kwargs):
-    gpt = gpt or tiny(max_position_embeddings=1024)
-    return rl.Environment(gpt, encoding(), kwargs.pop("pool", POOL), 12, **kwargs)
+def environment(gpt=None, pool=POOL, **kwargs):
+    return rl.Environment(gpt or tiny(max_position_embeddings=1024), encoding(), pool, 12, **kwargs)
+
+
+def outcomes(env):
+    """Of both kinds, for QUESTIONS behind PICKS."""
+    return [env.outcomes(kind, QUESTIONS, PICKS) for kind in ("answer", "logprob")]
 
 
 def test_the_environment_answers_as_the_model_does_behind_the_written_out_prompt():
-    for config in BOTH:
-        gpt = tiny(config | ({"n_positions": 1024} if config is GPT2 else {"max_position_embeddings": 1024}))
-        env, enc = environment(gpt), encoding()
-        prompts = [[t for p in picks for t in data.encode_exemplar(enc, POOL[p])] + data.encode_query(enc, q)
-                   for q, picks in zip(QUESTIONS, PICKS)]
-        answers = gpt.generate(prompts, 12, eos_ids=enc.end_ids)
-        assert env.outcomes("answer", QUESTIONS, PICKS) == [[enc.decode(a), len(a) == 12] for a in answers]
-        references = [data.encode_answer(enc, q) for q in QUESTIONS]  # with the end token
-        want = gpt.answer_logprobs(prompts, references) / torch.tensor([len(r) for r in references])
-        close(env.outcomes("logprob", QUESTIONS, PICKS), want, 1e-5)
+    enc = encoding()
+    prompts = [[t for p in picks for t in data.encode_exemplar(enc, POOL[p])] + data.encode_query(enc, q)
+               for q, picks in zip(QUESTIONS, PICKS)]
+    references = [data.encode_answer(enc, q) for q in QUESTIONS]  # with the end token
+    for gpt in (tiny(max_position_embeddings=1024), tiny(GPT2, n_positions=1024)):
+        answers, logprobs = outcomes(environment(gpt))
+        said = gpt.generate(prompts, 12, eos_ids=enc.end_ids)
+        assert answers == [[enc.decode(a), len(a) == 12] for a in said]
+        per_token = gpt.answer_logprobs(prompts, references) / torch.tensor([len(r) for r in references])
+        close(logprobs, per_token, 1e-5)
 
 
-def test_the_same_question_is_asked_only_once():
-    env = environment()
-    with counting(env.model) as count:
-        first = env.outcomes("answer", QUESTIONS + QUESTIONS, PICKS + PICKS)
-        assert count.n == 6 == len(env.asked) and first[:6] == first[6:]
-        assert env.outcomes("answer", QUESTIONS[::-1], PICKS[::-1]) == first[:6][::-1] and count.n == 6
-        env.outcomes("answer", [QUESTIONS[2]], [[2, 1]])  # another order, another kind
-        env.outcomes("logprob", QUESTIONS[:1], [[]])
-        assert count.n == 8 == len(env.asked)
-
-
-def test_the_memo_is_kept_between_runs_of_the_same_model_only():
+def test_the_same_question_is_asked_once_of_the_same_model_and_the_memo_keeps_the_outcome():
+    """It knows exemplars by their text, and passes over lines that are damaged. Remembered or not, an outcome
+    is part of what an experiment costs."""
+    gpt, found = tiny(max_position_embeddings=1024), []
+    odd = "null", "5", "true", '["a"]', "{}", '["a", 1]', "[" * 2000
+    changed = [e | {"output": e["output"] + "!"} for e in POOL]
     with folder() as d:
-        gpt, path = tiny(max_position_embeddings=1024), d / "memo.jsonl"
-        env = environment(gpt, memo_path=path, fingerprint="a")
-        first = [env.outcomes(kind, QUESTIONS, PICKS) for kind in KINDS]
-        env = environment(gpt, memo_path=path, fingerprint="a")
-        with counting(gpt) as count:
-            assert [env.outcomes(kind, QUESTIONS, PICKS) for kind in KINDS] == first
-            assert count.n == 0 and len(env.asked) == 12  # remembered or not, it is what the experiment costs
-            environment(gpt, memo_path=path, fingerprint="b").outcomes("answer", QUESTIONS, PICKS)
-            assert count.n == 6
-            changed = [e | {"output": e["output"] + "!"} for e in POOL]  # exemplars are known by their text
-            env = environment(gpt, memo_path=path, fingerprint="a", pool=changed)
-            env.outcomes("answer", QUESTIONS, PICKS)
-            assert count.n == 6 + 5
-
-
-def test_a_damaged_memo_costs_a_new_question_at_most_and_heals():
-    with folder() as d:
-        gpt, path = tiny(max_position_embeddings=1024), d / "memo.jsonl"
-        want = environment(gpt, memo_path=path).outcomes("answer", QUESTIONS, PICKS)
-        whole = path.read_bytes()
-        key = json.loads(whole.splitlines()[0])[0]
-        odd = ["null", "5", "true", '["a"]', "{}", '["a", 1]', "[" * 2000]
-        odd = "".join(f'["{key}", {value}]\n' for value in odd).encode()
-        for damage in (whole[:-9], whole[:-9] + b"\xff", whole + b"5\n[]\nnull\n[[1], 2]\n", odd + whole):
-            path.write_bytes(damage)
-            with counting(gpt) as count:
-                for _ in range(2):
-                    assert environment(gpt, memo_path=path).outcomes("answer", QUESTIONS, PICKS) == want
-                assert count.n <= 1
-        for nowhere in (d, d / "nowhere" / "memo.jsonl"):
-            assert str(nowhere) in refused(environment, gpt, memo_path=nowhere, error=OSError)
+        for name, pool, new in (("a", POOL, 12), ("a", POOL, 0), ("b", POOL, 12), ("a", changed, 10)):
+            env = environment(gpt, pool, fingerprint=name, memo_path=d / "memo.jsonl")
+            with patched(env, "ask", wraps=env.ask) as calls:
+                found.append(outcomes(env))
+            assert count(calls) == new and len(env.asked) == 12  # of 14: one is there twice, in two kinds
+            with open(d / "memo.jsonl", "ab") as file:
+                lines = "".join(f'["{min(env.asked)}", {value}]\n' for value in odd)
+                file.write(lines.encode() + b'5\n[]\nnull\n[[1], 2]\n\xff["cut short')
+    assert found[0] == found[1]
 
 
 def test_exemplars_that_do_not_fit_are_dropped_the_last_chosen_first():
-    enc = encoding()
-    sizes = [len(data.encode_exemplar(enc, e)) for e in POOL]
-    ids, front = data.encode_query(enc, QUESTIONS[0]), sum(sizes[:3])
-    for room, want in ((front, [0, 1, 2]), (front - 1, [0, 1]), (sizes[0], [0]), (sizes[0] - 1, []), (0, [])):
+    fronts = [data.encode_exemplar(encoding(), e) for e in POOL[:3]]
+    ids, one, three = data.encode_query(encoding(), QUESTIONS[0]), len(fronts[0]), len(sum(fronts, []))
+    for room, fit in ((three, 3), (three - 1, 2), (one, 1), (one - 1, 0), (0, 0)):
         env = environment(tiny(max_position_embeddings=len(ids) + 12 + room))
         first, rest, dropped = env.prompt(QUESTIONS[0], [0, 1, 2], 12)
-        assert first == (want[0] if want else None)
-        cached = env.prefix_cache.entries[first] if want else []
-        assert cached + rest == [t for j in want for t in env.exemplars[j]] + ids
+        whole = sum(fronts[:fit], []) + ids
+        assert (first, rest) == ((0, whole[one:]) if fit else (None, ids))
         assert len(env.outcomes("answer", QUESTIONS[:1], [[0, 1, 2]])) == 1  # and the model takes it
-        assert env.dropped == dropped == 3 - len(want)
+        assert env.dropped == dropped == 3 - fit
     message = refused(environment(tiny(max_position_embeddings=len(ids) + 11)).prompt, QUESTIONS[0], [], 12)
     assert f"{len(ids)} tokens" in message and "context" in message
 
 
 def test_scores_are_weighted_sums_of_rewards():
     env = environment()
-    answers = [text for text, _ in env.outcomes("answer", QUESTIONS, PICKS)]
-    references = [a if n % 2 else e["output"] for n, (a, e) in enumerate(zip(answers, QUESTIONS))]
-    questions = [q | {"output": r} for q, r in zip(QUESTIONS, references)]
-    exact, rouge = (np.array([f(a, r) for a, r in zip(answers, references)]) for f in (rl.exact, rl.rouge_l))
-    close(env.score({"exact": 2.0}, questions, PICKS), 2 * exact, 1e-12)
-    assert exact.sum() >= 3
-    likelihoods = np.array(env.outcomes("logprob", questions, PICKS))
-    close(env.score({"rouge": 0.5, "logprob": 2.0}, questions, PICKS), 0.5 * rouge + 2 * likelihoods, 1e-5)
-    length = [len(data.encode_answer(env.enc, q)) for q in questions]  # with the end
-    close(env.score({"prob": 3.0}, questions, PICKS), 3 * np.exp(likelihoods * length), 1e-9)
+    answers = [text for text, _ in outcomes(env)[0]]
+    questions = [q | {"output": a} if n % 2 else q for n, (a, q) in enumerate(zip(answers, QUESTIONS))]
+    one = {name: np.array([score(a, q["output"]) for a, q in zip(answers, questions)])
+           for name, score in (("exact", rl.exact), ("rouge", rl.rouge_l))}
+    one["logprob"] = np.array(env.outcomes("logprob", questions, PICKS))
+    one["prob"] = np.exp(one["logprob"] * [len(data.encode_answer(env.enc, q)) for q in questions])
+    assert one["exact"].sum() >= 3
+    for weights in ({"exact": 2.0}, {"rouge": 0.5, "logprob": 2.0}, {"prob": 3.0}):
+        want = sum(weight * one[name] for name, weight in weights.items())
+        close(env.score(weights, questions, PICKS), want, 1e-12)
     with patched(env.model, "answer_logprobs", lambda *_, **__: torch.tensor([math.nan])):
-        refused(env.outcomes, "logprob", QUESTIONS[:1], [[1]])
+        assert "--dtype float32" in refused(env.outcomes, "logprob", QUESTIONS[:1], [[1]])
 
 
 # ---- REINFORCE: the loop of train_matcher.py ----------------------------------------------------------
@@ -756,7 +655,6 @@ def test_scores_are_weighted_sums_of_rewards():
 def test_the_advantage_is_the_reward_minus_the_mean_of_the_others():
     rewards = torch.tensor([[1.0, 0, 0, 3], [2, 2, 2, 2]])
     close(rl.leave_one_out(rewards), [[1 - 3 / 3, 0 - 4 / 3, 0 - 4 / 3, 3 - 1 / 3], [0, 0, 0, 0]], 1e-6)
-    assert torch.equal(rl.leave_one_out(torch.full((3, 2), 0.3)), torch.zeros(3, 2))  # to the bit
 
 
 class Bandit:
@@ -771,114 +669,97 @@ class Bandit:
 
 def reinforce(tower, h_pool, h, pays, steps=1, picks=None, K=2, optimizer=None, shots=1, floor=0.0):
     """`steps` of the very loop of train_matcher.py; picks (B, K, m): instead of sampled ones. -> the log."""
-    questions = [{"instruction": str(b), "input": "", "output": ""} for b in range(len(h))]
-    pool = [{"instruction": f"exemplar {j}", "input": "", "output": ""} for j in range(len(h_pool))]
-    parts, n = ("train", "val", "test"), dict.fromkeys(("train", "val", "test"), len(pool))
-    features = dict.fromkeys(parts, h) | {"pool": h_pool}
-    asked = dict.fromkeys(parts, questions)
-    task = train_matcher.Task(pool, asked, features, n, Bandit(pays), {"exact": 1}, shots)
+    pool, questions = rows_from(f"exemplar {j}" for j in range(len(h_pool))), rows_from(range(len(h)))
+    sizes, parts = {"train": len(pool), "val": len(pool)}, {"train": questions, "val": questions}
+    features = {"pool": h_pool, "train": h, "val": h}
+    task = train_matcher.Task(pool, parts, features, sizes, Bandit(pays), {"exact": 1}, shots)
     optimizer = optimizer or torch.optim.SGD(tower.parameters(), 0.0)
     lr = optimizer.param_groups[0]["lr"]
     args = types.SimpleNamespace(steps=steps, seed=0, batch_size=len(h), rollouts=K, lr=lr, eval_every=10**9)
     progress, bonus = train_matcher.Progress(), rl.entropy_floor
-    with contextlib.ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
-        if picks is not None:
-            stack.enter_context(patched(tower, "sample", lambda *_: torch.tensor(picks)))
-            stack.enter_context(patched(torch, "randperm", lambda n, generator: torch.arange(n)))
-        stack.enter_context(patched(rl, "entropy_floor", lambda e: bonus(e, floor, 1.0)))
+    sample = tower.sample if picks is None else lambda *_: torch.tensor(picks)
+    with patched(rl, "entropy_floor", lambda e: bonus(e, floor, 1.0)), patched(tower, "sample", sample), \
+            patched(signal, "signal"):  # Ctrl-C still ends the tests
         train_matcher.train(task, tower, optimizer, progress, args, lambda: None, lambda: None)
     return progress.log
 
 
+@float64()
 def test_the_expected_update_is_the_exact_gradient_of_the_expected_reward():
-    """Every pair and every triple of rollouts of a small policy, weighted with its probability: no bias."""
+    """Every pair and every triple of rollouts of a small policy, weighted with its probability: no bias. The
+    gradient itself is compared with finite differences."""
+    tower, h_pool, h = random_matcher(n=2, seed=5)
+    parameters = [*tower.parameters()]
+
+    def expected_reward(episodes, rewards, *moved):  # gradcheck moves the parameters where they are
+        log_pi, _ = tower.log_prob(h, tower.encode(h_pool), torch.tensor([episodes]), all_allowed(1, 2))
+        return (log_pi.exp() * torch.tensor(rewards)).sum()
+
     for shots, K in ((1, 2), (1, 3), (2, 2)):
-        with float64():
-            tower, h_pool, h = random_matcher(n=2, seed=5)
-            episodes = every_episode(tower, h_pool, h[0], shots, range(2))
-            picked = [tuple(j for j in picks if j >= 0) for picks, _, _ in episodes]
-            rewards = {p: 0.001 * (1 + i * i) for i, p in enumerate(picked)}  # small: no clipping
-            expected = {name: torch.zeros_like(p) for name, p in tower.named_parameters()}
-            for some in itertools.product(episodes, repeat=K):
-                picks, pays = [[e[0] for e in some]], lambda b, p, r=rewards: r[p]
-                log, = reinforce(tower, h_pool, h, pays, 1, picks, K, shots=shots)
-                assert log["grad_norm"] < 1
-                for name, p in tower.named_parameters():
-                    expected[name] += math.prod(e[1] for e in some) * p.grad
-            every = torch.tensor([[e[0] for e in episodes]])
-            log_pi, _ = tower.log_prob(h, tower.encode(h_pool), every, torch.ones(1, 2, dtype=torch.bool))
-            tower.zero_grad()
-            (-(log_pi.exp() * torch.tensor(list(rewards.values()))).sum()).backward()
-        for name, p in tower.named_parameters():
-            close(expected[name], p.grad, 1e-9)
-        assert max(p.grad.abs().max() for p in tower.parameters()) > 1e-3
+        episodes, chances, _ = zip(*every_episode(tower, h_pool, h[0], shots, range(2)))
+        pays = {tuple(j for j in picks if j >= 0): 0.001 * (1 + i * i) for i, picks in enumerate(episodes)}
+        expected = [torch.zeros_like(x) for x in parameters]
+        for some in itertools.product(range(len(episodes)), repeat=K):
+            picks = [[episodes[i] for i in some]]
+            log, = reinforce(tower, h_pool, h, lambda b, p, pays=pays: pays[p], 1, picks, K, shots=shots)
+            assert log["grad_norm"] < 1  # not clipped
+            for total, x in zip(expected, parameters):
+                total -= math.prod(chances[i] for i in some) * x.grad  # of the loss, downhill
+        reward = functools.partial(expected_reward, episodes, [*pays.values()])
+        assert torch.autograd.gradcheck(reward, parameters, eps=1e-6, atol=1e-9, rtol=0)
+        for found, right in zip(expected, torch.autograd.grad(reward(), parameters)):
+            close(found, right, 1e-9)
+        assert max(x.abs().max() for x in expected) > 1e-3
 
 
-def test_equal_rewards_change_nothing():
-    tower, h_pool, h = random_matcher(B=3)
-    log, = reinforce(tower, h_pool, h, lambda b, p: [0.1, 0.7, -2.3][b], K=4)
-    assert not any(p.grad.any() for p in tower.parameters())
-    assert log["no_signal"] == 1
-
-
-def test_the_entropy_term_acts_below_its_floor_only():
+def test_equal_rewards_change_nothing_but_an_entropy_below_its_floor():
     tower, h_pool, h = random_matcher(B=2)
-    picks = [[[0], [1]], [[2], [3]]]
-    entropy = reinforce(tower, h_pool, h, lambda b, p: 0.0, picks=picks)[0]["entropy"]
-    reinforce(tower, h_pool, h, lambda b, p: 0.0, picks=picks, floor=entropy - 0.01)
-    assert not any(p.grad.any() for p in tower.parameters())
-    optimizer = torch.optim.SGD(tower.parameters(), 0.1)
-    log = reinforce(tower, h_pool, h, lambda b, p: 0.0, 200, picks, floor=entropy + 0.1, optimizer=optimizer)
-    assert log[-1]["entropy"] > entropy + 0.09  # pushed up to the floor, and then left alone
+    equal = functools.partial(reinforce, tower, h_pool, h, lambda b, p: [0.7, -2.3][b], K=4)
+    log, = equal()
+    equal(floor=log["entropy"] - 0.01)
+    assert log["no_signal"] == 1 and not any(p.grad.any() for p in tower.parameters())
+    floor = log["entropy"] + 0.1
+    log = equal(80, floor=floor, optimizer=torch.optim.SGD(tower.parameters(), 0.4))
+    assert log[-1]["entropy"] > floor - 0.01  # pushed up to it
 
 
 def test_reinforce_learns_which_exemplar_pays():
     """The nearest exemplar is worth nothing, another one everything; and where none pays, to stop."""
     torch.manual_seed(0)
     h_pool, h = torch.eye(4), torch.eye(4)[:2] + 0.1
-    tower = matcher.Matcher(4, 16)
+    tower, paying = matcher.Matcher(4, 16), [(3,), ()]
     tower.tau.data.fill_(1.0)  # flat enough to try everything
     tower.standardise(h_pool)
-    paying = [(3,), ()]
     optimizer = torch.optim.Adam(tower.parameters(), 0.02)
     log = reinforce(tower, h_pool, h, lambda b, p: float(p == paying[b]), 150, K=8, optimizer=optimizer)
-    everything = torch.ones(2, 4, dtype=torch.bool)
-    assert matcher.select_likeliest(tower, h, h_pool, everything, 1) == [[3], []]
+    assert matcher.select_likeliest(tower, h, h_pool, all_allowed(2, 4), 1) == [[3], []]
     assert log[0]["reward"] < 0.5 < 0.9 < log[-1]["reward"]
     close([row["lr"] for row in log], [0.02 * (1 - step / 150) for step in range(150)], 1e-9)
 
 
 def test_rehearsal_learns_labels_without_asking_the_language_model():
     """A few channels tell the label, most tell nothing: the nearest exemplar is often the wrong one."""
-    rng = torch.Generator().manual_seed(0)
-    labels = [i % 4 for i in range(80)]
-    h = torch.cat([torch.eye(4)[labels], torch.randn(80, 60, generator=rng)], 1)
-    rows = [{"instruction": str(i), "input": "", "output": f"label {x}"} for i, x in enumerate(labels)]
-    n, features = dict.fromkeys(("train", "val", "test"), 16), {"pool": h[:16], "train": h[16:]}
-    task = train_matcher.Task(rows[:16], {"train": rows[16:]}, features, n, Bandit(None), {"prob": 1}, 1)
     torch.manual_seed(0)
+    h = torch.cat([torch.eye(4).repeat(20, 1), torch.randn(80, 60)], 1)
+    rows, nobody = rows_from(range(80), itertools.cycle("abcd")), Bandit(None)
+    parts, features = {"train": rows[16:]}, {"pool": h[:16], "train": h[16:]}
+    task = train_matcher.Task(rows[:16], parts, features, {"train": 16}, nobody, {"prob": 1}, 1)
     tower = matcher.Matcher(64, 32)
     tower.standardise(h[:16])
-
-    def right():
-        picks = matcher.select_likeliest(tower, h[16:], h[:16], torch.ones(64, 16, dtype=torch.bool), 1)
-        return rl.Copying(task.pool).score({}, rows[16:], picks).mean()
-
-    assert right() < 0.5
-    train_matcher.rehearse(task, tower, 150, seed=0)  # Bandit(None) can't be asked
-    assert right() > 0.9
+    for updates, low, high in ((0, 0.0, 0.5), (150, 0.9, 1.0)):
+        train_matcher.rehearse(task, tower, updates, seed=0)
+        picks = matcher.select_likeliest(tower, h[16:], h[:16], all_allowed(64, 16), 1)
+        assert low <= rl.Copying(task.pool).score({}, rows[16:], picks).mean() <= high
     copied = rl.Copying(task.pool).score({}, [rows[20]] * 4, [[], [1], [0], [3, 4]])
-    assert copied.tolist() == [0, 0, 1, 1]  # label 0: exemplars 0, 4, 8 ...
+    assert copied.tolist() == [0, 0, 1, 1]  # "a", as exemplars 0, 4, 8 ...
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_matcher_as_it_was():
-    tower, h_pool, h = random_matcher(B=1)
-    before = {k: v.clone() for k, v in tower.state_dict().items()}
-    optimizer = torch.optim.SGD(tower.parameters(), 0.1)
-    assert "non-finite" in refused(reinforce, tower, h_pool, h, lambda b, p: math.nan, optimizer=optimizer,
-                                   error=RuntimeError)
-    assert all(torch.equal(v, before[k]) for k, v in tower.state_dict().items())
+    tower, h_pool, h = random_matcher()
+    before, optimizer = [p.clone() for p in tower.parameters()], torch.optim.SGD(tower.parameters(), 0.1)
+    run = functools.partial(reinforce, optimizer=optimizer)
+    assert "non-finite" in refused(run, tower, h_pool, h, lambda b, p: math.nan, error=RuntimeError)
+    assert all(map(torch.equal, tower.parameters(), before))
 
 
 # ---- rl.py: figures -----------------------------------------------------------------------------------
@@ -891,35 +772,28 @@ def test_collapse_figures_by_hand():
     assert rl.collapse_figures([[], []], 6) == {"distinct": 0, "top_pair": 0, "none": 1}
 
 
-def test_the_bootstrap_agrees_with_the_normal_approximation():
-    d = np.random.default_rng(1).normal(0.3, 2.0, 400)
-    mean, low, high = rl.bootstrap(d)
-    half = 1.96 * d.std() / 20
-    assert mean == d.mean() and max(abs(low - mean + half), abs(high - mean - half)) < 0.05 * half
-    assert rl.bootstrap(d) == rl.bootstrap(d) and rl.bootstrap([1.0, 1.0]) == [1, 1, 1]
-
-
-def test_the_bootstrap_resamples_whole_groups():
+def test_the_bootstrap_agrees_with_the_normal_approximation_and_resamples_whole_groups():
     """Four questions with one outcome are one observation: an interval as of 100 numbers, not of 400."""
     d = np.random.default_rng(1).normal(0.3, 2.0, 100)
-    groups = [f"group {i}" for i in range(100) for _ in range(4)]
-    intervals = rl.bootstrap(d), rl.bootstrap(np.repeat(d, 4), groups), rl.bootstrap(np.repeat(d, 4))
-    once, fourfold, naive = (high - low for _, low, high in intervals)
-    assert abs(fourfold / once - 1) < 0.05 and abs(naive / once - 0.5) < 0.05
+    fourfold, groups = np.repeat(d, 4), [f"group {i}" for i in range(100) for _ in range(4)]
+    for differences, names, observations in ((d, None, 100), (fourfold, None, 400), (fourfold, groups, 100)):
+        mean, low, high = rl.bootstrap(differences, names)
+        half = 1.96 * d.std() / observations**0.5
+        close([mean, low, high], [d.mean(), d.mean() - half, d.mean() + half], 0.05 * half)
+    assert rl.bootstrap(d) == rl.bootstrap(d) and rl.bootstrap([1.0, 1.0]) == [1, 1, 1]
     assert rl.bootstrap([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"]) == [0.75, 0.0, 1.0]  # over questions
 
 
 def test_the_best_fixed_exemplar_is_found():
     """Rewards are noise of size 1; one exemplar is better by 1.5."""
-    questions, n = [{"instruction": str(i)} for i in range(200)], 16
+    questions, n = rows_from(range(200)), 16
     for planted in (3, 11):
         def noise(q, p, planted=planted):
             return np.random.default_rng((q, p[0])).normal() + 1.5 * (p[0] == planted)
 
         ranked = rl.best_fixed(Bandit(noise), {"exact": 1.0}, questions, np.ones((200, n), bool), seed=0)
         assert ranked[0] == planted and sorted(ranked) == list(range(n))
-    nothing = Bandit(lambda q, p: 0.0)
-    assert rl.best_fixed(nothing, {"exact": 1.0}, questions, np.ones((200, 1), bool), seed=0) == [0]
+    assert rl.best_fixed(Bandit(None), {"exact": 1.0}, questions, np.ones((200, 1), bool), seed=0) == [0]
 
 
 # ---- lora.py --------------------------------------------------------------------------------------------
@@ -944,6 +818,13 @@ def logits(m):
     return getattr(out, "logits", out)
 
 
+def step(m, **kwargs):
+    """One step of training on all that trains."""
+    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 0.1, **kwargs)
+    m(torch.tensor(ragged(20, 20))).square().mean().backward()
+    optimizer.step()
+
+
 def test_lora_starts_at_the_base_model_and_adds_alpha_over_r_times_b_a():
     for config in BOTH:
         m, base = tiny(config), logits(tiny(config))
@@ -957,48 +838,32 @@ def test_lora_starts_at_the_base_model_and_adds_alpha_over_r_times_b_a():
 
 
 def test_merging_changes_no_answer_and_unmerging_leaves_no_trace():
-    """Twice is once; in bfloat16 too the base comes back to the bit; the embedding, which is the output head
-    as well, is left alone."""
+    """Merging twice is merging once, and after a step of training what was learnt is merged; in bfloat16 too
+    the base comes back to the bit; the embedding, which is the output head as well, is left alone."""
     for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
         m, plain = adapted(config, dtype), logits(tiny(config, dtype=dtype))
-        before = {name: layer.base.weight.clone() for name, layer in lora.layers(m).items()}
-        embedding, apart = m.embed.weight.clone(), logits(m)
+        base = {name: p.clone() for name, p in m.named_parameters() if "lora_" not in name}
         for _ in range(2):
+            step(m, fused=True)
+            apart = logits(m)
             lora.merge(m)
             together = logits(m)
             assert (together - plain).abs().max() > 0.1
-            if dtype == torch.float32:
-                close(together, apart, 1e-4)
-            lora.merge(m)
-            for change, wanted in ((lambda m: m, together), (lora.unmerge, apart), (lora.unmerge, apart)):
+            assert dtype == torch.bfloat16 or close(together, apart, 1e-4)
+            for change, wanted in ((lora.merge, together), (lora.unmerge, apart), (lora.unmerge, apart)):
                 change(m)
-                assert torch.equal(logits(m), wanted)
-                assert torch.equal(m.embed.weight, embedding)
-            assert all(torch.equal(layer.base.weight, before[name]) for name, layer in lora.layers(m).items())
+                assert torch.equal(logits(m), wanted) and torch.equal(m.embed.weight, base["embed.weight"])
+            assert all(torch.equal(p, base[name]) for name, p in m.named_parameters() if name in base)
         lora.merge(m, keep_base=False)
         assert torch.equal(logits(m), together) and not lora.layers(m)
 
 
-def test_merging_again_after_a_step_merges_what_was_learned():
-    for fused in (False, True):
-        m = adapted()
-        optimizer = torch.optim.AdamW(lora.parameters(m), 0.1, fused=fused)
-        lora.merge(m)
-        lora.unmerge(m)
-        m(torch.tensor(ragged(20, 20))).square().mean().backward()
-        optimizer.step()
-        apart = logits(m)
-        lora.merge(m)
-        close(logits(m), apart, 1e-4)
-
-
 def test_only_the_adapter_trains_and_dropout_acts_in_training_only():
     m = adapted(dropout=0.5)
-    trainable = {name for name, p in m.named_parameters() if p.requires_grad}
-    assert trainable == {f"{name}.lora_{half}" for name in lora.layers(m) for half in "AB"}
+    trainable = {f"{name}.lora_{half}" for name in lora.layers(m) for half in "AB"}
+    assert trainable == {name for name, p in m.named_parameters() if p.requires_grad}
     before = {name: p.clone() for name, p in m.named_parameters()}
-    m(torch.tensor(ragged(20, 20))).square().mean().backward()
-    torch.optim.AdamW(m.parameters(), 0.1).step()
+    step(m)
     assert {name for name, p in m.named_parameters() if not torch.equal(p, before[name])} == trainable
     assert torch.equal(logits(m), logits(m)) and not torch.equal(logits(m.train()), logits(m))
 
@@ -1017,41 +882,34 @@ def test_targets_are_chosen_by_our_names_or_by_hugging_faces():
         assert "q_proj" in refused(lora.inject, tiny(), 2, 4, bad)
 
 
-def test_peft_reads_our_adapters():
+def test_peft_and_we_read_each_others_adapters():
+    """PEFT's into our model, and what we save of it into PEFT's: the same logits, as many layers wrapped."""
     _, peft = need("transformers", "peft")
-    for config, targets, rslora, how_many in (
-            (LLAMA, "all", False, 14), (QWEN2, "all", True, 14), (GPT2, "all", True, 8),
-            (LLAMA, "attn.q_proj", True, 2), (GPT2, "attn.c_proj,c_fc", False, 4),  # our names
-            (LLAMA, "blocks.1.attn.q_proj,v_proj", False, 3), (GPT2, "h.0.mlp.c_proj", True, 1)):  # some
+
+    def wrapped(m):
+        return sum(name.endswith("lora_A.default") for name, _ in m.named_modules())
+
+    for config, targets, settings in (
+            (LLAMA, ["q_proj", "v_proj"], {"r": 40}),  # more than a layer has inputs
+            (LLAMA, ["self_attn.o_proj", "down_proj"], {"use_rslora": True}),
+            (LLAMA, ["q_proj", "nope"], {}),  # a name that matches nothing is passed over
+            (LLAMA, ["layers.1.self_attn.q_proj", "v_proj"], {}),  # some of a kind, all of another
+            (LLAMA, r"model\.layers\.1\..*\.(q_proj|up_proj)", {}),  # a regular expression
+            (LLAMA, r".*_proj", {"init_lora_weights": "gaussian", "lora_dropout": 0.1}),
+            (LLAMA, "all-linear", {"init_lora_weights": "orthogonal"}),
+            (QWEN2, "all-linear", {}), (GPT2, "all-linear", {"use_rslora": True}),
+            (GPT2, ["attn.c_proj", "c_fc"], {}), (GPT2, r".*\.h\.0\.mlp\.c_proj", {"use_rslora": True})):
+        settings = peft.LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": targets} | settings)
         with folder() as d:
-            theirs = hugging_face(config, d / "model")
+            theirs = shaken(peft.get_peft_model(hugging_face(config, d / "model"), settings)).eval()
+            theirs.save_pretrained(d / "theirs")
             ours = model.GPT.from_pretrained(d / "model")
-            lora.inject(ours, 3, 12, targets, rslora=rslora)
-            lora.save(shaken(ours), d / "adapter", d / "model", {"seed": 0})
-            theirs = peft.PeftModel.from_pretrained(theirs, d / "adapter").eval()
-            assert sum(name.endswith("lora_A.default") for name, _ in theirs.named_modules()) == how_many
+            lora.load(ours, d / "theirs")
             close(logits(ours), logits(theirs), 1e-4)
-
-
-def test_we_read_pefts_adapters():
-    _, peft = need("transformers", "peft")
-    for config, settings in (
-            (LLAMA, {"target_modules": ["q_proj", "v_proj"], "r": 40}),  # more than a layer has inputs
-            (LLAMA, {"target_modules": ["self_attn.o_proj", "down_proj"], "use_rslora": True}),
-            (LLAMA, {"target_modules": ["q_proj", "nope"]}),  # a name that matches nothing is passed over
-            (LLAMA, {"target_modules": r"model\.layers\.1\..*\.(q_proj|up_proj)"}),  # as a regular expression
-            (LLAMA, {"target_modules": r".*_proj", "init_lora_weights": "gaussian", "lora_dropout": 0.1}),
-            (LLAMA, {"target_modules": "all-linear", "init_lora_weights": "orthogonal"}),
-            (QWEN2, {"target_modules": "all-linear"}), (GPT2, {"target_modules": "all-linear"}),
-            (GPT2, {"target_modules": ["attn.c_proj", "c_fc"], "use_rslora": True}),
-            (GPT2, {"target_modules": r".*\.h\.0\.mlp\.c_proj"})):
-        with folder() as d:
-            settings = {"r": 4, "lora_alpha": 10} | settings
-            theirs = peft.get_peft_model(hugging_face(config, d / "model"), peft.LoraConfig(**settings))
-            shaken(theirs).save_pretrained(d / "adapter")
-            theirs, ours = theirs.eval(), model.GPT.from_pretrained(d / "model")
-            lora.load(ours, d / "adapter")
-            close(logits(ours), logits(theirs), 1e-4)
+            lora.save(ours, d / "ours", d / "model", {"seed": 0})
+            again = peft.PeftModel.from_pretrained(hugging_face(config, d / "model"), d / "ours").eval()
+            assert wrapped(again) == wrapped(theirs)
+            close(logits(again), logits(theirs), 1e-4)
 
 
 def saved(d):
@@ -1068,9 +926,9 @@ def write(d, config, tensors):
     save_file(tensors, d / "adapter_model.safetensors")
 
 
-def turned_down(d, config=LLAMA):
+def turned_down(d, m=None):
     """The line with which a model refuses the adapter in d: it blames the file; the model is as before."""
-    m = tiny(config)
+    m = m or tiny()
     before, names = logits(m), [name for name, _ in m.named_parameters()]
     line = refused(lora.load, m, d)
     assert torch.equal(logits(m), before) and names == [name for name, _ in m.named_parameters()]
@@ -1090,52 +948,55 @@ def test_a_saved_adapter_comes_back_to_the_bit():
             assert lora.digest(d) == lora.digest(d / "b") == lora.digest(d / "c")
 
 
-def test_settings_that_change_nothing_and_adapter_names_inside_keys_do_no_harm():
+def test_settings_of_others_change_nothing_or_are_refused_by_name():
+    """{setting of adapter_config.json: (values that change nothing, values that are refused)}."""
+    settings = {
+        "task_type": ([None], []), "inference_mode": ([False], []), "revision": (["v1"], []),
+        "peft_version": (["9"], []), "base_model_name_or_path": (["a/b"], []), "fan_in_fan_out": ([True], []),
+        "loftq_config": ([{"bits": 4}], []), "lora_dropout": ([0.1], ["x"]), "r": ([], [0, True]),
+        "lora_alpha": ([], ["x", 10**400]), "peft_type": ([], ["IA3"]), "bias": ([], ["all"]),
+        "lora_bias": ([], [True]), "use_dora": ([], [True]), "exclude_modules": ([], [["q_proj"]]),
+        "modules_to_save": ([], [["lm_head"]]), "rank_pattern": ([{}], [{"q_proj": 4}]),
+        "alpha_pattern": ([], [{"q_proj": 4}]), "target_parameters": ([], [["w"]]),
+        "trainable_token_indices": ([], [[3]]), "target_modules": (["All-Linear"], [[], {"a": 1}, "("]),
+        "layers_to_transform": ([None], [[0], 0]), "of_a_later_version": ([None, False], [True, "x"]),
+        "init_lora_weights": (["gaussian", "eva", "mica", False],
+                              ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq", "new"])}
     with folder() as d:
         m, config, tensors = saved(d)
-        inside, mine = ({key.replace(".weight", f".{name}.weight"): t for key, t in tensors.items()}
-                        for name in ("default", "my-adapter"))
-        bare = {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
-        changes = {"task_type": [None], "inference_mode": [False], "revision": ["v1"], "peft_version": ["9"],
-                   "base_model_name_or_path": ["a/b"], "lora_dropout": [0.1], "fan_in_fan_out": [True],
-                   "init_lora_weights": ["gaussian", "eva", "mica", False], "loftq_config": [{"bits": 4}],
-                   "rank_pattern": [{}], "layers_to_transform": [None], "of_a_later_version": [None, False]}
-        changes["target_modules"] = ["All-Linear"]
-        files = [({key: value}, tensors) for key in changes for value in changes[key]]
-        for change, some in [*files, ({}, inside), ({}, mine), ({}, bare)]:
-            write(d, config | change, some)
-            again = tiny()
-            lora.load(again, d)
-            assert torch.equal(logits(again), logits(m)), change
-        write(d, config, inside | {key: t.clone() for key, t in tensors.items()})  # two adapters in one
-        assert "twice" in turned_down(d)
-
-
-def test_settings_that_change_the_computation_are_refused_by_name():
-    asks = {"use_dora": [True], "modules_to_save": [["lm_head"]], "rank_pattern": [{"q_proj": 4}],
-            "alpha_pattern": [{"q_proj": 4}], "layers_to_transform": [[0], 0], "peft_type": ["IA3"],
-            "bias": ["all"], "lora_bias": [True], "exclude_modules": [["q_proj"]], "r": [0, True],
-            "trainable_token_indices": [[3]], "target_parameters": [["w"]], "of_a_later_version": [True, "x"],
-            "lora_alpha": ["x", 10**400], "lora_dropout": ["x"], "target_modules": [[], {"a": 1}, "("],
-            "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq", "new"]}
-    with folder() as d:
-        _, config, tensors = saved(d)
-        for key, value in ((name, value) for name in asks for value in asks[name]):
-            write(d, config | {key: value}, tensors)
-            assert key in turned_down(d), (key, value)
+        for key, (fine, bad) in settings.items():
+            for value in fine:
+                write(d, config | {key: value}, tensors)
+                lora.load(again := tiny(), d)
+                assert torch.equal(logits(again), logits(m)), (key, value)
+            for value in bad:
+                write(d, config | {key: value}, tensors)
+                assert key in turned_down(d), (key, value)
         for bad in ([], None, "x", {}, config | {"target_modules": [5]}, config | {"target_modules": "proj"}):
             write(d, bad, tensors)
             turned_down(d)
 
 
+def test_names_of_weights_may_lack_pefts_prefix_and_name_the_adapter():
+    with folder() as d:
+        m, config, tensors = saved(d)
+        for name in ("default", "my-adapter"):
+            some = {key.removeprefix("base_model.model.").replace(".weight", f".{name}.weight"): t
+                    for key, t in tensors.items()}
+            write(d, config, some)
+            lora.load(again := tiny(), d)
+            assert torch.equal(logits(again), logits(m))
+        write(d, config, some | {key: t.clone() for key, t in tensors.items()})  # two adapters in one
+        assert "twice" in turned_down(d)
+
+
 def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
     with folder() as d:
         good, config, tensors = saved(d / "good")
-        deep, flat = LLAMA | {"num_hidden_layers": 3}, LLAMA | {"num_hidden_layers": 1}
-        for word, other in {"missing": deep, "no place": flat, "another model": GPT2}.items():
-            assert word in turned_down(d / "good", other)
-        *_, last = tensors
-        m = tiny()
+        for word, other in (("missing", LLAMA | {"num_hidden_layers": 3}), ("another model", GPT2),
+                            ("no place", LLAMA | {"num_hidden_layers": 1})):
+            assert word in turned_down(d / "good", tiny(other))
+        (*_, last), m = tensors, tiny()
         for word, some in (
                 ("missing", {k: t for k, t in tensors.items() if k != last}),
                 ("no place", tensors | {"model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(3, 32)}),
@@ -1144,45 +1005,38 @@ def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
                 ("shape", tensors | {last: torch.ones(1, 2)}),
                 ("finite", tensors | {last: tensors[last] * math.nan})):
             write(d / "bad", config, some)
-            assert word in turned_down(d / "bad") and word in refused(lora.load, m, d / "bad"), word
+            assert word in turned_down(d / "bad", m), word
         lora.load(m, d / "good")
         assert "already" in refused(lora.load, m, d / "good") and torch.equal(logits(m), logits(good))
         assert "already" in refused(lora.inject, m)
         lora.save(good, d / "bad", extra={"note": 1})
         save_file({last: torch.ones(1)}, d / "bad/adapter_model.safetensors")  # a kill between the two files
         assert "not written with these weights" in turned_down(d / "bad")
-        (d / "bad" / "adapter_model.safetensors").unlink()
-        for name in ("bad", "nothing"):
-            assert "No such file" in refused(lora.load, tiny(), d / name, error=OSError)
 
 
 # ---- train_lora.py: what the LoRA learns from -----------------------------------------------------------
+
 
 def texts(questions, answers, n=2, near=None, shares=(0, 0), shots=1, enc=None):
     return train_lora.Texts(questions, answers, n, near, shares, shots, enc or encoding())
 
 
-def batch_by_hand(begin=(), **kwargs):
+def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
     """Row 1 behind exemplar 0, and row 0 alone. 9 is the end token, 2 2 the blank lines between them.
 
     row 0      5  6  7  8  2  2  4  3        exemplar 0: question 5 6, answer 7 8 9; question 4, answer 3 9
     predicts      7  8  9        3  9        row 1: 5 6 7 8, which predicts 7 8 9
     """
-    enc = types.SimpleNamespace(begin_ids=[*begin])
-    some = texts([[*begin, 5, 6], [*begin, 4]], [[7, 8, 9], [3, 9]], enc=enc)
-    with patched(data, "encode", lambda enc, text: [2, 2]):
-        return some.batch([1, 0], [[0], []], "cpu", **kwargs)
+    def batch(begin, **kwargs):
+        enc = types.SimpleNamespace(begin_ids=begin)
+        some = texts([[*begin, 5, 6], [*begin, 4]], [[7, 8, 9], [3, 9]], enc=enc)
+        with patched(data, "encode", lambda enc, text: [2, 2]):
+            return [x.tolist() for x in some.batch([1, 0], [[0], []], "cpu", **kwargs)]
 
-
-def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
-    ids, where, targets, lengths = batch_by_hand()
-    assert ids.tolist() == [[5, 6, 7, 8, 2, 2, 4, 3], [5, 6, 7, 8, 0, 0, 0, 0]] and lengths.tolist() == [8, 4]
-    assert where.tolist() == [1, 2, 3, 6, 7, 9, 10, 11] and targets.tolist() == [7, 8, 9, 3, 9, 7, 8, 9]
-    same, *own, _ = batch_by_hand(train_on_exemplars=False)
-    assert torch.equal(same, ids) and [t.tolist() for t in own] == [[6, 7, 9, 10, 11], [3, 9, 7, 8, 9]]
-    begun = batch_by_hand(begin=[1])
-    assert begun[0].tolist() == [[1, 5, 6, 7, 8, 2, 2, 4, 3], [1, 5, 6, 7, 8, 0, 0, 0, 0]]
-    assert begun[1].tolist() == [2, 3, 4, 7, 8, 11, 12, 13] and torch.equal(begun[2], targets)
+    rows, wanted = [[5, 6, 7, 8, 2, 2, 4, 3], [5, 6, 7, 8, 0, 0, 0, 0]], [7, 8, 9, 3, 9, 7, 8, 9]
+    assert batch([]) == [rows, [1, 2, 3, 6, 7, 9, 10, 11], wanted, [8, 4]]
+    assert batch([1]) == [[[1, *row] for row in rows], [2, 3, 4, 7, 8, 11, 12, 13], wanted, [9, 5]]
+    assert batch([], train_on_exemplars=False) == [rows, [6, 7, 9, 10, 11], [3, 9, 7, 8, 9], [8, 4]]
 
 
 def test_training_text_is_what_the_model_will_be_asked():
@@ -1244,61 +1098,45 @@ def test_training_examples_stand_behind_their_nearest_of_their_own_group():
     alone, grouped = [[2], [3], [0], [1], [0], [0]], [[2], [3], [0], [1], [5], [4]]
     for names, wanted in ((None, alone), ("ababcc", grouped), ("aaaaa", alone), ("aaaaaa", grouped),
                           ("abcdef", [[]] * 6)):
-        rows = [{"instruction": text, "input": "", "output": ""} for text in texts]
+        rows = rows_from(texts)
         for row, name in zip(rows, names or ""):
             row["group"] = name
         near = train_lora.neighbours(rows, 4, 1)
         assert [near(i) for i in range(6)] == wanted
-    dates = [("write", "2021-03", "Y2021"), ("write", "7 pm", "at 7"), ("put", "1999-12", "Y1999")]
-    rows = [dict(zip(("instruction", "input", "output"), row), group="a") for row in dates]
+    rows = rows_from(("write 2021-03", "write 7 pm", "put 1999-12"), ("Y2021", "at 7", "Y1999"))
+    rows = [e | {"group": "a"} for e in rows]
     assert train_lora.neighbours(rows, 3, 1)(0) == [2]  # of the same form, though it asks in other words
-    asked = "card lost, card late, card new, lost, c, d, e".split(", ")
-    rows = [{"instruction": text, "input": "", "output": label} for text, label in zip(asked, "abbaccc")]
+    rows = rows_from("card lost, card late, card new, lost, c, d, e".split(", "), "abbaccc")
     assert train_lora.neighbours(rows, 7, 1)(1) == [2]  # of labels the same one, else of two alike the first
     assert train_lora.neighbours(rows[:3], 3, 1)(1) == [0]
 
 
 def test_how_many_stand_behind_an_exemplar_follows_from_the_data_unless_it_is_typed():
-    own = [{"instruction": str(i), "input": "", "output": str(i)} for i in range(12)]
-    labels = [e | {"output": "ab"[i % 2]} for i, e in enumerate(own)]
+    own, labels = rows_from(range(12), range(12)), rows_from(range(12), "ab" * 6)
     grouped = [e | {"group": 1} for e in own]
     for typed, free, shown in (((None, None), (0.7, 0.1), (1, 0)), ((0.9, None), (0.9, 0.1), (0.9, 0.1)),
                                ((None, 0.4), (0.6, 0.4), (0.6, 0.4)), ((0, 0), (0, 0), (0, 0))):
         for rows, wanted in ((own, free), (labels, shown), (grouped, shown)):
             args = types.SimpleNamespace(share_nearest=typed[0], share_random=typed[1], shots=1)
             parts = {"lora_train": rows[2:], "lora_val": rows[:2]}
-            made = train_lora.load_texts(args, 512, encoding(), parts)
-            close([*made.shares], [*wanted], 1e-9)
-
-
-def training_run(held_out=lambda *_: 1.0, requested=lambda: False):
-    """train() with a held-out loss and a Ctrl-C of our own: (the steps that were saved, its last words)."""
-    args = types.SimpleNamespace(steps=4, batch_size=2, seed=0, lr=1e-3, warmup=0.1, eval_every=2,
-                                 full=False, rank=2, alpha=4, targets="all", dropout=0.0)
-    run, saved_at, ends = train_lora.prepare(tiny(), args), [], ""
-    some = texts(ragged(5, 6, 7, 8), ragged(3, 2, 4, 3), n=3)
-    with patched(data, "Interrupt") as interrupt, patched(train_lora, "held_out_loss", held_out):
-        type(interrupt.return_value).requested = unittest.mock.PropertyMock(side_effect=requested)
-        try:
-            train_lora.train(run, some, args, data.Processes(), lambda: None,
-                             lambda: saved_at.append(run.step))
-        except data.UserError as error:
-            ends = str(error)
-    return saved_at, ends
+            close(train_lora.load_texts(args, 512, encoding(), parts).shares, wanted, 1e-9)
 
 
 def test_a_held_out_loss_that_is_not_a_number_stops_the_run_before_it_is_saved():
-    values = iter((1.0, math.nan))
-    saved_at, end = training_run(lambda *_: next(values))
-    assert saved_at == [2] and "step 4" in end and "nan" in end
+    with copy_of_trained(*LORA) as d, patched(train_lora, "held_out_loss", side_effect=[1.0, math.nan]):
+        status, _, err = script("train_lora", cwd=d)
+        assert status == 2 and "step 4: held-out loss nan" in err
+        assert data.read_checkpoint(d / "out/last_lora.safetensors")[1]["step"] == 2
 
 
 def test_a_run_that_says_it_is_saved_is_saved_whenever_ctrl_c_comes():
-    for late in range(8):  # at the late-th time that anyone looks
-        looks = itertools.count()
-        saved_at, end = training_run(requested=lambda: next(looks) >= late)  # noqa: B023
-        if end:
-            assert f"stopped after step {saved_at[-1]}," in end, (late, saved_at, end)
+    for looks in range(8):  # how often it is looked for before it has come
+        pressed = unittest.mock.PropertyMock(side_effect=[*[False] * looks, *[True] * 9])
+        with copy_of_trained(*LORA) as d, patched(data, "Interrupt") as interrupt:
+            type(interrupt.return_value).requested = pressed
+            _, _, err = script("train_lora", cwd=d)
+            if says := re.search(r"stopped after step (\d)", err):
+                assert data.read_checkpoint(d / "out/last_lora.safetensors")[1]["step"] == int(says[1])
 
 
 # ---- data.py: the template, styles and the split ---------------------------------------------------------
@@ -1342,17 +1180,19 @@ def test_text_cannot_pose_as_another_section_nor_as_the_end():
 
 def test_styles_have_one_rule_for_each_house_and_field():
     """Of a field's six ways of writing just one turns all values of a house into their answers."""
-    examples, fits = data.styles(), {}
-    assert examples == data.styles() != data.styles(seed=1) and len(examples) == 120 * 8 * 3
+    examples, left = data.styles(), {}
+    assert examples == data.styles() != data.styles(seed=1)
+    times = Counter((e["group"], e["field"]) for e in examples)
+    assert len(times) == 120 * 8 and set(times.values()) == {3}
     for e in examples:
         assert e["group"] in e["instruction"] and e["output"] not in e["instruction"]
         _, _, show, ways = data._FIELDS[e["field"]]
         pattern = re.sub(r"\\{\d[^}]*\\}", "(.+)", re.escape(show))  # from an input back to its values
         values = [int(w) if w.isdecimal() else w for w in re.fullmatch(pattern, e["input"]).groups()]
         fit = {n for n, way in enumerate(ways) if way.format(*values) == e["output"]}
-        fits.setdefault((e["group"], e["field"]), []).append(fit)
-    rules = {(*key, *set.intersection(*found)) for key, found in fits.items() if len(found) == 3}
-    assert {len(rule) for rule in rules} == {3} and len(rules) == 120 * 8
+        rule = e["group"], e["field"]
+        left[rule] = left.get(rule, fit) & fit
+    assert all(len(fit) == 1 for fit in left.values())
 
 
 def test_splits_share_no_question_and_say_what_they_leave_out():
@@ -1392,6 +1232,12 @@ def test_groups_are_split_whole_and_their_first_third_joins_the_pool_stage_by_st
 # ---- data.py: files of examples --------------------------------------------------------------------------
 
 
+def read(d, content, name="a.json"):
+    """What load_examples makes of a file with this content, and what it prints."""
+    (d / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return said_by(data.load_examples, d / name)
+
+
 def test_rows_are_read_from_lists_and_lines_whatever_the_suffix_and_as_they_stand():
     """Alpaca's and Dolly's spelling; indentation, line ends, separators: an answer that is code compiles."""
     odd = {"instruction": " Complete it:\n", "input": "def f(x):", "output": "    a = x\n    a\u2028\x85\r\n"}
@@ -1401,11 +1247,10 @@ def test_rows_are_read_from_lists_and_lines_whatever_the_suffix_and_as_they_stan
     with folder() as d:
         for rows in (alpaca, dolly):
             lines = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
-            for text in (json.dumps(rows), "\n " + json.dumps(rows, indent=2, ensure_ascii=False), lines,
-                         "\ufeff\n" + lines.replace("\n", "\r\n\r\n")):
-                for name in ("a.json", "a.jsonl", "A.JSONL", "a.ndjson", "a.jsonlines", "a"):
-                    (d / name).write_bytes(text.encode())
-                    assert said_by(data.load_examples, d / name) == ([DATE, PLAIN, odd], "")
+            texts = [json.dumps(rows), "\n " + json.dumps(rows, indent=2, ensure_ascii=False), lines,
+                     "\ufeff\n" + lines.replace("\n", "\r\n\r\n")]
+            for text, name in itertools.product(texts, ("a.json", "A.JSONL", "a.ndjson", "a")):
+                assert read(d, text, name) == ([DATE, PLAIN, odd], "")
 
 
 def test_nothing_in_a_row_is_passed_over_unsaid():
@@ -1414,35 +1259,32 @@ def test_nothing_in_a_row_is_passed_over_unsaid():
     both = {"instruction": "Say hello.", "input": "", "context": None, "output": None, "response": "hello"}
     talk = [DATE | {"system": "Be curt.", "history": [[1]] * n, "id": 1, "group": n} for n in range(5)]
     cases = [
-        (near, near, ""), (near + near[:3], near, "3 duplicate rows"), ([DATE | {"output": ""}], None, ""),
+        (near, near, ""), (near + near[:3], near, "3 duplicate rows"),
+        ([DATE | {"output": ""}], [DATE | {"output": ""}], ""),
         ([both | {"history": []}, DATE | {"context": "", "response": ""}], [PLAIN, DATE], ""),
         (talk, [DATE | {"group": n} for n in range(5)], "'system' (5 rows), 'history' (4 rows)"),
         ([DATE | {"context": "?", "text": "t", "source": "s"}], [DATE], "prompt: 'context' (1 rows)"),
         ([DATE | {"\x1b[2J": 1}], [DATE], r"\x1b")]
     with folder() as d:
         for rows, want, words in cases:
-            data.write_json(d / "a.json", rows)
-            found, said = said_by(data.load_examples, d / "a.json")
-            assert found == (want or rows) and words in said and said.count("\n") == bool(words), said
+            found, said = read(d, json.dumps(rows))
+            assert found == want and words in said and said.count("\n") == bool(words), said
             assert "\x1b" not in said
 
 
 def test_a_file_that_is_something_else_is_named_for_what_it_is():
-    whole, raw = json.dumps(DATE), "\n".join(map(json.dumps, rows_of(3))).encode()
-    formats = [
-        (b"\x1f\x8b\x08", "compressed"), (b"PK\x03\x04..", "JSON"), (raw.decode().encode("utf-16"), "UTF-8"),
-        (b"instruction,input,output\nhi,,ho\n", "CSV"), (raw + b'\n{"a": "\xe9"}', "not text in UTF-8")]
-    rows = [
-        (whole + "\n{oops\n" + whole, "line 2"), (whole + "\n\n[1]", "3"), ('{"messages": []}', "'messages'"),
+    whole, lines = json.dumps(DATE), "\n".join(map(json.dumps, rows_of(3)))
+    cases = [
+        (b"\x1f\x8b\x08", "compressed"), (b"PK\x03\x04..", "JSON"), (lines.encode("utf-16"), "UTF-8"),
+        (lines.encode() + b'\n{"a": "\xe9"}', "not text in UTF-8"), ("instruction,input\nhi,\n", "CSV"),
+        (f"{whole}\n{{oops\n{whole}", "line 2"), (whole + "\n\n[1]", "3"), ('{"messages": []}', "'messages'"),
         (whole + '\n{"instruction": "x"}', "'output'"), ('{"instruction": " ", "output": "x"}', "empty"),
         ('{"instruction": "x", "input": ["a"], "output": "y"}', "not text"), ("[]", "no examples"),
         ("[3]", "row 1"), ('{"instruction": "x", "output": NaN}', "not text"), ("{\n}", "line 1")]
     with folder() as d:
-        for name in ("a.jsonl", "a.json"):
-            for raw, words in formats + [(text.encode(), words) for text, words in rows]:
-                (d / name).write_bytes(raw)
-                message = refused(data.load_examples, d / name)
-                assert words in message and str(d / name) in message, (raw, message)
+        for (content, words), name in itertools.product(cases, ("a.jsonl", "a.json")):
+            message = refused(read, d, content, name)
+            assert words in message and str(d / name) in message, (content, message)
         assert "--pool" in refused(data.load_examples, d / "none", "--pool")
 
 
@@ -1506,11 +1348,11 @@ def test_a_prompt_begins_with_what_the_post_processor_puts_there():
     for post, ids in ((None, []), (level, []), (template(1), [1]), (template(1, 0), [1, 0]), (inside, [1])):
         spec = tokenizer() | {"post_processor": post}
         enc, reference = data.make_encoding(spec, "x"), theirs(spec)
-        assert data.encode_query(enc, DATE) == reference.encode(data.query_text(DATE)).ids
-        assert data.encode_query(enc, DATE)[: len(ids)] == ids == enc.begin_ids
-        exemplar, question = data.encode_exemplar(enc, DATE), data.encode_query(enc, PLAIN)
-        whole = data.query_text(DATE) + "9 March\n\n\n" + data.query_text(PLAIN)
-        assert data.join(enc, [exemplar, question]) == reference.encode(whole).ids
+        question = data.encode_query(enc, DATE)
+        assert question == reference.encode(data.query_text(DATE)).ids
+        assert question[: len(ids)] == ids == enc.begin_ids
+        both = data.join(enc, [data.encode_exemplar(enc, DATE), data.encode_query(enc, PLAIN)])
+        assert both == reference.encode(f"{data.query_text(DATE)}9 March\n\n\n{data.query_text(PLAIN)}").ids
 
 
 def test_an_answer_ends_as_both_configs_say():
@@ -1524,40 +1366,33 @@ def test_an_answer_ends_as_both_configs_say():
             data.write_json(d / "generation_config.json", {} if more is None else {"eos_token_id": more})
             enc = data.load_tokenizer(d)
             assert (enc.end_ids, data.encode_answer(enc, PLAIN)[-1]) == (want, want[0]), (eos, more)
+        files = d / "generation_config.json", d / "config.json"  # of two bad ones the latter is named
+        for file, bad in itertools.product(files, ("</s>", [[0]], True, 2.0, -1)):
+            data.write_json(file, LLAMA | {"eos_token_id": bad})
+            assert f"{file}: eos_token_id" in refused(data.load_tokenizer, d), (file, bad)
         spec = tokenizer(vocab={t: i for t, i in vocabulary().items() if i > 1}) | {"added_tokens": []}
-        data.write_json(d / "tokenizer.json", spec)
+        data.write_json(write_tiny_folder(d, LLAMA | {"eos_token_id": None}) / "tokenizer.json", spec)
         assert "eos_token_id" in refused(data.load_tokenizer, d)
 
 
-def test_a_config_whose_end_is_no_token_id_is_the_file_that_is_named():
-    bad = [{"eos_token_id": end} for end in ("</s>", [[0]], True, 2.0, -1)]
-    for file in ("config.json", "generation_config.json"):
-        for change in bad:
-            with folder() as d:
-                data.write_json(write_tiny_folder(d) / file, LLAMA | change)
-                line = refused(data.load_tokenizer, d)
-                assert str(d / file) in line and "eos_token_id" in line, (file, change, line)
-
-
 def test_tokenizers_that_would_differ_are_refused_by_name():
-    vocab, plain = vocabulary(), tokenizer()
-    pre = {"Metaspace": {"type": "Metaspace"}, "pre_tokenizer": None, "loses text": split_by(r"\s"),
-           "ByteLevel": BYTE_LEVEL | {"add_prefix_space": True}, "damaged": split_by("(")}
-    cases = [(word, tokenizer(pre=step)) for word, step in pre.items()]
-    changes = {"byte_fallback": True, "dropout": 0.1, "not_yet_invented": 1, "end_of_word_suffix": "</w>"}
-    cases += [(key, tokenizer(**{key: value})) for key, value in changes.items()]
+    vocab, plain, step = vocabulary(), tokenizer(), {"type": "RobertaProcessing", "sep": ["x", 0]}
     vocabs = {"order": vocab | {"he": vocab["ll"], "ll": vocab["he"]}, "twice": vocab | {"he": 0},
               "hell": {t: i for t, i in vocab.items() if t != "hell"}, "no merge makes": vocab | {"lo": V}}
-    cases += [(word, tokenizer(vocab=changed)) for word, changed in vocabs.items()]
-    cases += [(key, added(plain, {"<think>": {key: True}})) for key in ("lstrip", "rstrip", "single_word")]
-    cases += [("Lowercase", tokenizer(normalizer={"type": "Lowercase"})),
-              ("WordPiece", tokenizer(type="WordPiece")),
-              ("", {}), ("", []),
-              ("ids up to", tokenizer(vocab=vocab | {"x!": V}, merges=[*MERGES, "x !"])),
-              ("behind every text", plain | {"post_processor": template(0, behind=True)}),
-              ("Roberta", plain | {"post_processor": {"type": "RobertaProcessing", "sep": ["x", 0]}})]
+    splits = {"Metaspace": {"type": "Metaspace"}, "pre_tokenizer": None, "loses text": split_by(r"\s"),
+              "ByteLevel": BYTE_LEVEL | {"add_prefix_space": True}, "damaged": split_by("(")}
+    settings = {"byte_fallback": True, "dropout": 0.1, "not_yet_invented": 1, "end_of_word_suffix": "</w>"}
+    cases = {
+        "Lowercase": tokenizer(normalizer={"type": "Lowercase"}), "WordPiece": tokenizer(type="WordPiece"),
+        "KeyError": {}, "list": [], "Roberta": plain | {"post_processor": step},
+        "behind every text": plain | {"post_processor": template(0, behind=True)},
+        "ids up to": tokenizer(vocab=vocab | {"x!": V}, merges=[*MERGES, "x !"]),
+        **{word: tokenizer(vocab=changed) for word, changed in vocabs.items()},
+        **{word: tokenizer(pre=split) for word, split in splits.items()},
+        **{key: tokenizer(**{key: value}) for key, value in settings.items()},
+        **{key: added(plain, {"<think>": {key: True}}) for key in ("lstrip", "rstrip", "single_word")}}
     with folder() as d:
-        for word, spec in cases:
+        for word, spec in cases.items():
             data.write_json(write_tiny_folder(d) / "tokenizer.json", spec)
             message = refused(data.load_tokenizer, d)
             assert word in message and "tokenizer" in message, (word, message)
