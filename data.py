@@ -374,28 +374,27 @@ ENDS = "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>"  #
 def load_tokenizer(name_or_dir):
     """A model's tokenizer.json as a tiktoken.Encoding, for encode() and decode(); UserError.
 
-    An answer ends with the eos_token_id of config.json and generation_config.json: the first is enc.end_id,
-    which the LoRA learns to say, all are enc.end_ids. Where neither names one that there is, ENDS do.
+    The first of enc.end_ids is enc.end_id, which the LoRA learns to say. Where the configs name none that
+    there is, ENDS do.
     """
     folder = resolve_model(name_or_dir)
-    config, more = read_json(folder / "config.json", dict), folder / "generation_config.json"
-    ends = ids_of(config, folder / "config.json")
-    if more.exists():
-        ends += ids_of(read_json(more, dict), more)
     with fitting(folder / "tokenizer.json"):
-        enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), ends)
-        if max(enc.known) >= config["vocab_size"]:
-            raise ValueError(f"it has ids up to {max(enc.known)}, the model {config['vocab_size']} ids")
+        enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), end_ids(folder))
+        size = read_json(folder / "config.json", dict)["vocab_size"]
+        if max(enc.known) >= size:
+            raise ValueError(f"it has ids up to {max(enc.known)}, the model {size} ids")
     return enc
 
 
-def ids_of(config, where):
-    """The eos_token_id of a parsed config, which may be absent, one id, or a list of ids -> tuple of ids."""
-    value = config.get("eos_token_id")
-    ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise UserError(f"{where}: eos_token_id = {value!r:.60} is no token id")
-    return ids
+def end_ids(folder):
+    """What ends an answer: the eos_token_id, one id or a list, of config.json and generation_config.json."""
+    ids = []
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        value = read_json(path, dict).get("eos_token_id") if path.exists() else None
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{path}: eos_token_id = {value!r:.60} is no token id")
+    return tuple(dict.fromkeys(ids))
 
 
 def steps(section, inner):
@@ -474,7 +473,7 @@ def make_encoding(spec, name, ends=()):
     enc = tiktoken.Encoding(name, pat_str=split_pattern(spec["pre_tokenizer"]), mergeable_ranks=ranks,
                             special_tokens=added)
     enc.known, enc.normal_form = frozenset(ids), form[0]["type"] if form else None
-    named = [i for i in dict.fromkeys(ends) if i in enc.known]
+    named = [i for i in ends if i in enc.known]
     enc.end_ids = named or [added[token] for token in ENDS if token in added]
     if not enc.end_ids:
         raise ValueError("no token ends an answer; name one as eos_token_id in config.json")

@@ -523,7 +523,7 @@ class Settings:
 def read_config(hf, where):
     """A parsed config.json -> Config. UserError names whatever setting this decoder does not do. Defaults are
     those of transformers."""
-    s, eos = Settings(hf, where), data.ids_of(hf, where)
+    s = Settings(hf, where)
     kind = s.take("model_type", str, among=data.MODEL_TYPES)
     if kind == "gpt2":
         gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
@@ -532,7 +532,7 @@ def read_config(hf, where):
                      s.take("n_inner", int, 4 * C), s.take("n_positions", int),
                      s.take("layer_norm_epsilon", float, 1e-5),
                      tied=s.take("tie_word_embeddings", bool, True),
-                     gelu=gelus[s.take("activation_function", str, "gelu_new", among=gelus)], eos_ids=eos)
+                     gelu=gelus[s.take("activation_function", str, "gelu_new", among=gelus)])
     else:
         s.take("hidden_act", str, "silu", among=("silu", "swish"))
         C, H = s.take("hidden_size", int), s.take("num_attention_heads", int)
@@ -543,7 +543,7 @@ def read_config(hf, where):
                      s.take("intermediate_size", int), s.take("max_position_embeddings", int),
                      s.take("rms_norm_eps", float, 1e-6), *read_rope(s), qk_norm=kind == "qwen3",
                      tied=s.take("tie_word_embeddings", bool, False), qkv_bias=bias or kind == "qwen2",
-                     o_bias=bias, mlp_bias=kind == "llama" and s.take("mlp_bias", bool, False), eos_ids=eos)
+                     o_bias=bias, mlp_bias=kind == "llama" and s.take("mlp_bias", bool, False))
         layers = s.take("layer_types", list, [])
         if any(layer != "full_attention" for layer in layers):
             s.refuse("layer_types", layers)
@@ -614,9 +614,7 @@ def weight_files(folder):
 def load(folder, dtype, device):
     """The model in `folder`: see GPT.from_pretrained."""
     cfg = read_config(read_json(folder / "config.json", dict), folder / "config.json")
-    more = folder / "generation_config.json"
-    if more.exists():  # chat models end their turns with more than one id
-        cfg.eos_ids = tuple(dict.fromkeys(cfg.eos_ids + data.ids_of(read_json(more, dict), more)))
+    cfg.eos_ids = data.end_ids(folder)
     tied, cfg.tied = cfg.tied, False  # a head of its own, until the files have told what they hold
     model, keys, state = blank(cfg), hf_keys(cfg), {}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -1535,8 +1535,9 @@ def test_a_config_whose_end_is_no_token_id_is_the_file_that_is_named():
         for change in bad:
             with folder() as d:
                 data.write_json(write_tiny_folder(d) / file, LLAMA | change)
-                line = refused(data.load_tokenizer, d)
-                assert str(d / file) in line and "eos_token_id" in line, (file, change, line)
+                for load in (data.load_tokenizer, model.GPT.from_pretrained):
+                    line = refused(load, d)
+                    assert str(d / file) in line and "eos_token_id" in line, (file, change, line)
 
 
 def test_tokenizers_that_would_differ_are_refused_by_name():
@@ -2503,7 +2504,7 @@ def test_settings_this_decoder_does_not_do_are_refused_by_name():
              (GPT2, {"scale_attn_by_inverse_layer_idx": True}), (GPT2, {"add_cross_attention": True}),
              (GPT2, {"rope_theta": 10000.0}), (GPT2, {"tie_word_embeddings": "yes"}),
              (LLAMA, {"rope_scaling": "x"}), (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, "factor"),
-             (LLAMA, {"rms_norm_eps": "small"}), (LLAMA, {"eos_token_id": "x"}), (LLAMA, {"rope_theta": {}}),
+             (LLAMA, {"rms_norm_eps": "small"}), (LLAMA, {"rope_theta": {}}),
              (LLAMA, {"num_key_value_heads": 3}, "heads"), (GPT2, {"n_head": 5}, "heads"),
              (LLAMA, {"hidden_size": 36}, "heads of 9"), (LLAMA, {"num_hidden_layers": 10**6}, "layers")]
     sizes = "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"
