@@ -479,14 +479,10 @@ def make_encoding(spec, name, ends=()):
         raise ValueError("no token ends an answer; name one as eos_token_id in config.json")
     enc.end_id = enc.end_ids[0]
     enc.begin_ids = begin_of_text(spec.get("post_processor"))
-    enc.words = {}
-    for token in tokens:
-        if token.get("special", True) or token["id"] in enc.end_ids:
-            continue
-        for key in ("single_word", "lstrip", "rstrip"):
-            if token.get(key):
-                raise ValueError(f"added token {token['content']!r}: {key} is not supported")
-        enc.words[token["content"]] = token["id"]
+    words = [t for t in tokens if not t.get("special", True) and t["id"] not in enc.end_ids]
+    if odd := [t["content"] for t in words if t.get("single_word") or t.get("lstrip") or t.get("rstrip")]:
+        raise ValueError(f"added token {odd[0]!r}: single_word, lstrip and rstrip are not supported")
+    enc.words = {t["content"]: t["id"] for t in words}
     longest = sorted(map(re.escape, enc.words), key=len, reverse=True)  # of two that begin alike
     enc.added = re.compile(f"({'|'.join(longest) or '(?!)'})")  # (?!) is nowhere
     sample = "It's 12 déjà vu, 日本語\t😀  \n\n x_1\0!"
