@@ -274,7 +274,6 @@ class GPT(nn.Module):
         if temperature < 0:
             raise ValueError("temperature must be 0 (greedy) or positive")
         eos = set(self.config.eos_ids if eos_ids is None else eos_ids)
-        self.check(prompts, max_new_tokens, prefixes, prefix_cache)
         rng = torch.Generator(self.device)
         rng.manual_seed(seed) if seed is not None else rng.seed()
         answers, new = [[] for _ in prompts], [max_new_tokens] * len(prompts)
@@ -303,8 +302,6 @@ class GPT(nn.Module):
     def answer_logprobs(self, prompts, answers, prefixes=None, prefix_cache=None, batch_size=64):
         """Sum of log p(answer given prompt) over its tokens: (N,) float32. Id lists; see `generate`."""
         out, new = torch.zeros(len(prompts)), [len(a) for a in answers]
-        self.check(prompts, 0)
-        self.check([p + a for p, a in zip(prompts, answers)], 0, prefixes, prefix_cache)
         for rows, cache in self._batches(prompts, prefixes, prefix_cache, batch_size, new):
             ids, lengths = pad([prompts[i] + answers[i] for i in rows], self.device)
             # the state at token t predicts token t + 1: (row, t, next token) for each token of an answer
@@ -321,7 +318,7 @@ class GPT(nn.Module):
     def features(self, prompts, batch_size=32):
         """Mean of the final hidden states over each prompt's real tokens: (N, C) float32, on the CPU."""
         out = torch.zeros(len(prompts), self.config.n_embd)
-        self.check(prompts, 0)
+        self.check(prompts, [0] * len(prompts))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
         for s in range(0, len(order), batch_size):
             rows = order[s:s + batch_size]
@@ -335,6 +332,7 @@ class GPT(nn.Module):
         them, with room for each prompt and its new[i] further tokens."""
         prefixes = prefixes or [None] * len(prompts)
         front = [0 if j is None else len(prefix_cache.entries[j]) for j in prefixes]
+        self.check(prompts, [f + n for f, n in zip(front, new)])
         order = sorted(range(len(prompts)), key=lambda i: front[i] + len(prompts[i]) + new[i])
         for s in reversed(range(0, len(order), batch_size)):  # longest first: the others fit into its memory
             rows = order[s:s + batch_size]
@@ -348,15 +346,14 @@ class GPT(nn.Module):
                         cache.kv[:, :, b, :, :front[i]] = prefix_cache[prefixes[i]]
             yield rows, cache
 
-    def check(self, prompts, new, prefixes=None, prefix_cache=None):
-        """ValueError for an empty prompt, an id outside the vocabulary, or one that outgrows the context."""
+    def check(self, prompts, more):
+        """ValueError: a prompt is empty, has an unknown id, or with more[i] others outgrows the context."""
         V, room = self.config.vocab_size, self.config.n_ctx
-        for n, (p, j) in enumerate(zip(prompts, prefixes or [None] * len(prompts))):
-            size = len(p) + (0 if j is None else len(prefix_cache.entries[j]))
+        for n, (p, others) in enumerate(zip(prompts, more)):
             if not p or min(p) < 0 or max(p) >= V:
                 raise ValueError(f"prompt {n} is empty, or holds an id outside the vocabulary of {V}")
-            if size + new > room:
-                raise ValueError(f"prompt {n}: {size} tokens + {new} new ones exceed the context of {room}")
+            if len(p) + others > room:
+                raise ValueError(f"prompt {n}: {len(p)} + {others} tokens exceed the context of {room}")
 
     @classmethod
     def from_pretrained(cls, name_or_dir, dtype=torch.float32, device="cpu"):
@@ -700,7 +697,7 @@ class Linear(nn.Linear):
         if self.packed is None or self.packed[0] != now:
             # the weight is kept beside its copies, so that no other tensor can get its address meanwhile
             self.packed = now, self.weight.data, {}
-        copies, weight = self.packed[2], self.weight.detach()
+        _, weight, copies = self.packed
         if transposed not in copies:
             plain = weight.t().contiguous() if transposed else weight
             copies[transposed] = torch.ops.mkldnn._reorder_linear_weight(plain)
