@@ -486,7 +486,6 @@ HARMLESS = set("""
     num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
     no_repeat_ngram_size bad_words_ids num_return_sequences suppress_tokens begin_suppress_tokens
     remove_invalid_values""".split())
-HARMLESS_AT_1 = {"scale_attn_weights", "partial_rotary_factor"}
 
 
 class Settings:
@@ -512,8 +511,7 @@ class Settings:
 
     def done(self):
         for key, value in self.left.items():
-            harmless = not value or key in HARMLESS or key.startswith("_")
-            if not (value in (None, 1) if key in HARMLESS_AT_1 else harmless):
+            if value and key not in HARMLESS and not key.startswith("_"):
                 self.refuse(key, value)
 
 
@@ -523,6 +521,7 @@ def read_config(hf, where):
     s = Settings(hf, where)
     kind = s.take("model_type", str, among=data.MODEL_TYPES)
     if kind == "gpt2":
+        s.take("scale_attn_weights", bool, True, among=(True,))
         gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
         C, H = s.take("n_embd", int), s.take("n_head", int)
         cfg = Config("gpt2", s.take("vocab_size", int), s.take("n_layer", int), H, H, C, C // H,
@@ -541,6 +540,7 @@ def read_config(hf, where):
                      s.take("rms_norm_eps", float, 1e-6), *read_rope(s), qk_norm=kind == "qwen3",
                      tied=s.take("tie_word_embeddings", bool, False), qkv_bias=bias or kind == "qwen2",
                      o_bias=bias, mlp_bias=kind == "llama" and s.take("mlp_bias", bool, False))
+        s.take("partial_rotary_factor", float, 1.0, among=(1.0,))
         layers = s.take("layer_types", list, [])
         if any(layer != "full_attention" for layer in layers):
             s.refuse("layer_types", layers)
@@ -563,9 +563,7 @@ def read_rope(s):
     new, old = s.take("rope_parameters", dict, {}), s.take("rope_scaling", dict, {})
     for key, value in (*new.items(), *old.items()):
         key = "rope_type" if key == "type" else key
-        if s.left.get(key) is None:
-            s.left[key] = value
-        elif value not in (None, s.left[key]):
+        if s.left.setdefault(key, value) != value:
             s.refuse(key, value, f"contradicts {s.left[key]!r:.30}")
     keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     llama3 = s.take("rope_type", str, "default", among=("default", "llama3")) == "llama3"
