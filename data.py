@@ -102,10 +102,9 @@ FIRST = "Maria James Aisha Peter Lucia Omar Nina Victor Elena Samuel Priya Danie
 LAST = "Lopez Carter Haddad Novak Rossi Farah Berg Stein Petrov Brooks Sharma Weber Olsen Conti Nasser Duval"
 FIRST, LAST = FIRST.split(), LAST.split()
 THINGS = "apples pears plums bread milk rice tea salt eggs beans soap candles paper nails rope paint".split()
-PLACES = """Lyon France, Porto Portugal, Turin Italy, Ghent Belgium, Bergen Norway, Kyoto Japan, Lima Peru,
-Cairo Egypt, Delhi India, Quito Ecuador, Malmo Sweden, Graz Austria, Leeds England, Dakar Senegal,
-Hanoi Vietnam"""
-PLACES = [place.split() for place in PLACES.split(",")]
+PLACES = [place.split() for place in """Lyon France, Porto Portugal, Turin Italy, Ghent Belgium,
+    Bergen Norway, Kyoto Japan, Lima Peru, Cairo Egypt, Delhi India, Quito Ecuador, Malmo Sweden,
+    Graz Austria, Leeds England, Dakar Senegal, Hanoi Vietnam""".split(",")]
 
 # field: (words for it, a maker of random values, the value as a question has it, six ways of writing it)
 _FIELDS = {
@@ -1005,8 +1004,7 @@ class Processes:
         """Add gradients up, as one message. Each rank's loss is already divided by the global count."""
         if self.world == 1:
             return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = torch.cat([p.grad.flatten() for p in parameters])
         torch.distributed.all_reduce(flat)
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad = grad.view_as(p).clone()
