@@ -576,25 +576,25 @@ def blank(cfg):
         return GPT(cfg)
 
 
+HF_NAMES = {  # what Hugging Face's checkpoints call differently
+    "gpt2": {"embed": "transformer.wte", "pos_embed": "transformer.wpe", "blocks": "transformer.h",
+             "norm": "transformer.ln_f", "norm1": "ln_1", "norm2": "ln_2"},
+    "llama": {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
+              "attn": "self_attn", "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}}
+BUFFERS = ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "position_ids"  # once saved like weights
+
+
 def hf_keys(cfg):
     """{our parameter: (its name in a Hugging Face checkpoint, stored transposed?)}.
 
     GPT-2's Conv1D keeps weights as (in, out). One of them, attn.c_proj, is square, so a missing transposition
     would pass every check of shapes: it has to be written down, here.
     """
-    top, names = ("transformer.", {"embed": "wte", "pos_embed": "wpe", "blocks": "h", "norm": "ln_f",
-                                   "norm1": "ln_1", "norm2": "ln_2"}) if cfg.family == "gpt2" else (
-                  "model.", {"embed": "embed_tokens", "blocks": "layers", "attn": "self_attn",
-                             "norm1": "input_layernorm", "norm2": "post_attention_layernorm"})
-    keys = {}
+    keys, names = {}, HF_NAMES[cfg.family]
     for ours, _ in blank(cfg).named_parameters():
         theirs = ".".join(names.get(part, part) for part in ours.split("."))
-        theirs = theirs if theirs == "lm_head.weight" else top + theirs
         keys[ours] = theirs, ".c_" in ours and "weight" in ours
     return keys
-
-
-BUFFERS = ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "position_ids"  # once saved like weights
 
 
 def weight_files(folder):
