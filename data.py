@@ -422,14 +422,11 @@ def begin_of_text(post_processor):
     """The ids that a tokenizer.json's post_processor puts in front of every text, or ValueError."""
     begin = []
     for step in steps(post_processor, "processors"):
-        if step["type"] == "TemplateProcessing":
-            single = step["single"]
-            if "Sequence" not in single[-1]:
-                raise ValueError("its post_processor puts tokens behind every text, which is not supported")
-            names = [piece["SpecialToken"]["id"] for piece in single[:-1]]
-            begin = [i for name in names for i in step["special_tokens"][name]["ids"]] + begin
-        elif step["type"] != "ByteLevel":
-            raise ValueError(f"post_processor {step['type']} is not supported")
+        match step:
+            case {"type": "TemplateProcessing", "single": [*pieces, {"Sequence": _}], "special_tokens": ids}:
+                begin = [i for piece in pieces for i in ids[piece["SpecialToken"]["id"]]["ids"]] + begin
+            case {"type": other} if other != "ByteLevel":
+                raise ValueError(f"post_processor {other} is not supported, nor are tokens behind every text")
     return begin
 
 
@@ -1031,8 +1028,7 @@ def lesson():
                          "added_tokens": [{"content": "<|endoftext|>", "id": len(vocab)}]}, "a toy tokenizer")
     front, question = encode_exemplar(enc, exemplar), encode_query(enc, example)
     prompt, answer = join(enc, [front, question]), encode_answer(enc, example)
-    shown = "".join(decode(enc, [i]).decode() for i in prompt)
-    print("   | " + shown.replace("\n", "\n   | ") + decode(enc, answer[:-1]).decode())
+    print("   | " + decode(enc, prompt + answer[:-1]).decode().replace("\n", "\n   | "))
     print(f"\n3. its tokens, by {enc.name}: {len(front)} of the exemplar, {len(question)} of the question, "
           f"{len(answer)} of the answer\n   ... {prompt[-6:]} + {answer}")
     print("\n4. each is predicted from those before it; the loss counts the answer's, its end included")
