@@ -489,7 +489,7 @@ HARMLESS = set("""
 
 
 class Settings:
-    """A config.json whose settings are taken one by one, each checked; `done` refuses what nobody took."""
+    """A config.json whose settings are taken one by one, each checked; `left` is what nobody took."""
 
     def __init__(self, values, where):
         self.left, self.where = dict(values), where
@@ -509,15 +509,9 @@ class Settings:
             self.refuse(key, value)
         return value
 
-    def done(self):
-        for key, value in self.left.items():
-            if value and key not in HARMLESS and not key.startswith("_"):
-                self.refuse(key, value)
-
 
 def read_config(hf, where):
-    """A parsed config.json -> Config. UserError names whatever setting this decoder does not do. Defaults are
-    those of transformers."""
+    """A parsed config.json -> Config, defaults as in transformers. UserError names what we do not do."""
     s = Settings(hf, where)
     kind = s.take("model_type", str, among=data.MODEL_TYPES)
     if kind == "gpt2":
@@ -549,7 +543,9 @@ def read_config(hf, where):
         off = kind in ("qwen2", "qwen3") and not s.left.get("use_sliding_window")
         if off or kind == "mistral" and type(window) is int and window >= cfg.n_ctx:
             s.left.pop("sliding_window")
-    s.done()
+    for key, value in s.left.items():
+        if value and key not in HARMLESS and not key.startswith("_"):
+            s.refuse(key, value)
     D = cfg.head_dim
     fits = H * D == C if kind == "gpt2" else D % 2 == 0
     if not fits or H % cfg.n_kv_head or cfg.n_layer > 1024 or H * D > 1 << 20:
