@@ -371,11 +371,8 @@ ENDS = "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>"  #
 
 
 def load_tokenizer(name_or_dir):
-    """A model's tokenizer.json as a tiktoken.Encoding, for encode() and decode(); UserError.
-
-    The first of enc.end_ids is enc.end_id, which the LoRA learns to say. Where the configs name none that
-    there is, ENDS do.
-    """
+    """A model's tokenizer.json as a tiktoken.Encoding, for encode() and decode(); UserError. Each of
+    enc.end_ids ends an answer; the LoRA learns to say the first, enc.end_id."""
     folder = resolve_model(name_or_dir)
     with fitting(folder / "tokenizer.json"):
         enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), end_ids(folder))
@@ -817,18 +814,16 @@ def fetch_hub(repo, revision, folder):
     with fitting(about):
         answer = read_json(about, dict)
         commit, names = answer["sha"], {file["rfilename"] for file in answer["siblings"]}
-
-    def get(name):
-        return download(f"{hub()}/{repo}/resolve/{commit}/{name}", folder / name)
-
-    if read_json(get("config.json"), dict).get("model_type") not in MODEL_TYPES:
+    files = f"{hub()}/{repo}/resolve/{commit}"
+    config = download(f"{files}/config.json", folder / "config.json")
+    if read_json(config, dict).get("model_type") not in MODEL_TYPES:
         raise UserError(f"{repo}: its config.json names none of the types {', '.join(MODEL_TYPES)}")
     weights = ["model.safetensors"]
     if weights[0] not in names:
         shards = filter(re.compile(r"model-\d+-of-\d+\.safetensors").fullmatch, names)
         weights = ["model.safetensors.index.json", *sorted(shards)]
     for name in ["tokenizer.json", *names.intersection(EXTRAS), *weights]:
-        get(name)
+        download(f"{files}/{name}", folder / name)
 
 
 def download(url, path, sha256=None):
