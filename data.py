@@ -995,10 +995,9 @@ class Processes:
         """Add gradients up, as one message. Each rank's loss is already divided by the global count."""
         if self.world == 1:
             return
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        flat = torch.nn.utils.parameters_to_vector(p.grad for p in parameters)
         torch.distributed.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = grad.view_as(p).clone()
+        torch.nn.utils.vector_to_parameters(flat, (p.grad for p in parameters))
 
     def gather(self, obj):
         """A list of every rank's `obj`, in order of rank."""

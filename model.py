@@ -213,18 +213,19 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     def __init__(self, cfg):
+        """Shapes only: no time or memory is spent on values, which from_pretrained brings."""
         super().__init__()
-        self.config = cfg
+        self.config, self.folder, self.fingerprint = cfg, None, ""
         # nn.Embedding itself draws values, for which it imports a second's worth of PyTorch
         table = functools.partial(nn.Embedding.from_pretrained, freeze=False)
-        self.embed = table(torch.empty(cfg.vocab_size, cfg.n_embd))
-        self.pos_embed = table(torch.empty(cfg.n_ctx, cfg.n_embd)) if cfg.family == "gpt2" else None
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = (nn.LayerNorm if cfg.family == "gpt2" else RMSNorm)(cfg.n_embd, eps=cfg.norm_eps)
-        self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        with torch.device("meta"):
+            self.embed = table(torch.empty(cfg.vocab_size, cfg.n_embd))
+            self.pos_embed = table(torch.empty(cfg.n_ctx, cfg.n_embd)) if cfg.family == "gpt2" else None
+            self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+            self.norm = (nn.LayerNorm if cfg.family == "gpt2" else RMSNorm)(cfg.n_embd, eps=cfg.norm_eps)
+            self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tied:
             self.lm_head.weight = self.embed.weight
-        self.folder, self.fingerprint = None, ""  # set by from_pretrained
 
     @property
     def device(self):
@@ -566,12 +567,6 @@ def read_rope(s):
     return s.take("rope_theta", float, 10000.0), {k: s.take(k, float) for k in keys} if llama3 else None
 
 
-def blank(cfg):
-    """A GPT of shapes only: no time or memory is spent on values that a file will bring."""
-    with torch.device("meta"):
-        return GPT(cfg)
-
-
 HF_NAMES = {  # what Hugging Face's checkpoints call differently
     "gpt2": {"embed": "transformer.wte", "pos_embed": "transformer.wpe", "blocks": "transformer.h",
              "norm": "transformer.ln_f", "norm1": "ln_1", "norm2": "ln_2"},
@@ -587,7 +582,7 @@ def hf_keys(cfg):
     would pass every check of shapes: it has to be written down, here.
     """
     keys, names = {}, HF_NAMES[cfg.family]
-    for ours, _ in blank(cfg).named_parameters():
+    for ours, _ in GPT(cfg).named_parameters():
         theirs = ".".join(names.get(part, part) for part in ours.split("."))
         keys[ours] = theirs, ".c_" in ours and "weight" in ours
     return keys
@@ -607,7 +602,7 @@ def load(folder, dtype, device):
     cfg = read_config(read_json(folder / "config.json", dict), folder / "config.json")
     cfg.eos_ids = data.end_ids(folder)
     tied, cfg.tied = cfg.tied, False  # a head of its own, until the files have told what they hold
-    model, keys, state = blank(cfg), hf_keys(cfg), {}
+    model, keys, state = GPT(cfg), hf_keys(cfg), {}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wanted = {theirs: (ours, transposed) for ours, (theirs, transposed) in keys.items()}
     top = keys["embed.weight"][0].split(".")[0] + "."  # left out where a model was saved without its head
