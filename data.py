@@ -43,7 +43,6 @@ from tqdm import tqdm
 
 # ---- an example and the template -----------------------------------------------------------------
 
-OPENING = "### Instruction:\n"  # every exemplar and every question begins with it
 BETWEEN = "\n\n\n"  # two blank lines between an exemplar and what follows
 TEMPLATE_VERSION = 2  # part of every fingerprint: change the template, and old features no longer fit
 HEADING = re.compile(r"^([^\S\n]*)(#+[ \t]*(?:instruction|input|response)[ \t]*:)", re.I | re.M)
@@ -64,7 +63,7 @@ def canonical(text):
 def query_text(example):
     """The question as the model reads it: Alpaca's sections, up to where the answer begins."""
     middle = f"\n\n### Input:\n{quote(example['input'])}" if example["input"].strip() else ""
-    return f"{OPENING}{quote(example['instruction'])}{middle}\n\n### Response:\n"
+    return f"### Instruction:\n{quote(example['instruction'])}{middle}\n\n### Response:\n"
 
 
 def encode_query(enc, example):
