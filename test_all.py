@@ -26,6 +26,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -1820,6 +1821,8 @@ def test_a_model_is_a_folder_a_short_name_or_a_hub_id_and_has_an_origin_others_k
     origins = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "gpt2": "openai-community/gpt2",
                "a/b@c0ffee": "a/b", "a/b": "a/b"}
     assert {name: data.origin(name) for name in origins} == origins
+    with unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": "http://mirror/"}):
+        assert runpy.run_path(str(HERE / "data.py"))["HUB"] == "http://mirror"
 
 
 # ---- data.py: downloads ------------------------------------------------------------------------------------
@@ -1854,8 +1857,8 @@ def server(answer):
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{httpd.server_port}"
     try:
-        with contextlib.redirect_stderr(io.StringIO()), patched(time, "sleep"), \
-                unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url + "/", "HF_TOKEN": "secret\n"}):
+        with contextlib.redirect_stderr(io.StringIO()), patched(time, "sleep"), patched(data, "HUB", url), \
+                unittest.mock.patch.dict(os.environ, {"HF_TOKEN": "secret\n"}):
             yield url, asked
     finally:
         httpd.shutdown()
@@ -1930,7 +1933,7 @@ def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing(
         assert "nonsense" in refused(data.download, "nonsense://x/y", d / "g")
     with folder() as d, server(lambda path, h: (200, {}, BODY, 9)) as (url, asked):
         assert "run again" in refused(data.download, url, d / "f") and len(asked) == 5
-    with folder() as d, unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url}), patched(time, "sleep"):
+    with folder() as d, patched(data, "HUB", url), patched(time, "sleep"):
         assert "gpt2/revision/607a30d" in refused(data.resolve_model, "gpt2", cache=d)
 
 
@@ -1944,10 +1947,12 @@ def test_a_disk_that_fills_up_during_a_download_is_one_line():
 
 def test_data_sets_are_fetched_once_and_checked():
     rows = b"".join(b'{"instruction": "%d", "response": "x"}\n' % n for n in range(3))
-    ours = {"dolly": [(data.SOURCES["dolly"][0][0], hashlib.sha256(rows).hexdigest())]}
-    with folder() as d, server(lambda path, h: ranged(rows, h, {})) as (_, asked), working_in(d):
-        assert "announced" in refused(data.load_examples, "dolly")  # not Dolly's sha256
-        with unittest.mock.patch.dict(data.SOURCES, ours):
+    (there, known), = data.SOURCES["dolly"]
+    path = there.removeprefix(data.HUB)
+    with folder() as d, server(lambda path, h: ranged(rows, h, {})) as (url, asked), working_in(d):
+        with unittest.mock.patch.dict(data.SOURCES, dolly=[(url + path, known)]):
+            assert "announced" in refused(data.load_examples, "dolly")  # not Dolly's sha256
+        with unittest.mock.patch.dict(data.SOURCES, dolly=[(url + path, hashlib.sha256(rows).hexdigest())]):
             assert [len(data.load_examples("dolly")) for _ in range(3)] == [3, 3, 3]
         assert len(asked) == 2 and all("databricks-dolly-15k/resolve/bdd27f4" in path for path, _ in asked)
 
