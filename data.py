@@ -720,8 +720,8 @@ def unpack_gguf(raw, folder):
             w = w.reshape(-1, D // 2, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
         name = ".".join(GGUF_NAMES.get(part, part) for part in name.split("."))
         weights[name] = torch.from_numpy(w)
-    write_safetensors(Path(folder) / "model.safetensors", weights, {"format": "pt"})
-    write_json(Path(folder) / "config.json", {
+    write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
+    write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
         "vocab_size": len(of["tokenizer.ggml.tokens"]), "hidden_size": of["embedding_length"],
         "intermediate_size": of["feed_forward_length"], "num_hidden_layers": of["block_count"],
@@ -736,7 +736,7 @@ def unpack_gguf(raw, folder):
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     digits = {"type": "Digits", "individual_digits": True}
     special = [{"id": i, "content": tokens[i], **rules} for i, kind in enumerate(kinds) if kind == 3]
-    write_json(Path(folder) / "tokenizer.json", {
+    write_json(folder / "tokenizer.json", {
         "version": "1.0", "added_tokens": special, "decoder": byte_level,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}})

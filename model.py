@@ -215,7 +215,7 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         """Shapes only: no time or memory is spent on values, which from_pretrained brings."""
         super().__init__()
-        self.config, self.folder, self.fingerprint = cfg, None, ""
+        self.config, self.folder, self.fingerprint = cfg, None, ""  # the last two: see `load`
         # nn.Embedding itself draws values, for which it imports a second's worth of PyTorch
         table = functools.partial(nn.Embedding.from_pretrained, freeze=False)
         with torch.device("meta"):
