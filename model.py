@@ -140,11 +140,10 @@ class Batch:
 
     def spread(self, x):
         """(N, ...) -> (B, T, ...), zeros at padding."""
-        out = x
         if self.real is not None:
-            out = x.new_zeros(self.B * self.T, *x.shape[1:])
-            out[self.real] = x  # not index_copy_: on Apple's GPUs some versions of PyTorch get it wrong
-        return out.view(self.B, self.T, *x.shape[1:])
+            tokens, x = x, x.new_zeros(self.B * self.T, *x.shape[1:])
+            x[self.real] = tokens  # not index_copy_: on Apple's GPUs some versions of PyTorch get it wrong
+        return x.view(self.B, self.T, *x.shape[1:])
 
     def gather(self, x):
         """(B, T, ...) -> (N, ...): the real tokens."""
@@ -536,9 +535,8 @@ def read_config(hf, where):
                      tied=s.take("tie_word_embeddings", bool, False), qkv_bias=bias or kind == "qwen2",
                      o_bias=bias, mlp_bias=kind == "llama" and s.take("mlp_bias", bool, False))
         s.take("partial_rotary_factor", float, 1.0, among=(1.0,))
-        layers = s.take("layer_types", list, [])
-        if any(layer != "full_attention" for layer in layers):
-            s.refuse("layer_types", layers)
+        if s.left.get("layer_types") == ["full_attention"] * cfg.n_layer:
+            s.left.pop("layer_types")
         # Mistral slides over 4096 tokens unless it says otherwise, Qwen only if told to
         window = s.left.setdefault("sliding_window", 4096 if kind == "mistral" else None)
         off = kind in ("qwen2", "qwen3") and not s.left.get("use_sliding_window")
