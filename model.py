@@ -140,11 +140,10 @@ class Batch:
 
     def spread(self, x):
         """(N, ...) -> (B, T, ...), zeros at padding."""
-        out = x
         if self.real is not None:
-            out = x.new_zeros(self.B * self.T, *x.shape[1:])
-            out[self.real] = x  # not index_copy_: on Apple's GPUs some versions of PyTorch get it wrong
-        return out.view(self.B, self.T, *x.shape[1:])
+            tokens, x = x, x.new_zeros(self.B * self.T, *x.shape[1:])
+            x[self.real] = tokens  # not index_copy_: on Apple's GPUs some versions of PyTorch get it wrong
+        return x.view(self.B, self.T, *x.shape[1:])
 
     def gather(self, x):
         """(B, T, ...) -> (N, ...): the real tokens."""
@@ -213,18 +212,19 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     def __init__(self, cfg):
+        """Shapes only: no time or memory is spent on values, which from_pretrained brings."""
         super().__init__()
-        self.config = cfg
+        self.config, self.folder, self.fingerprint = cfg, None, ""  # the last two: see `load`
         # nn.Embedding itself draws values, for which it imports a second's worth of PyTorch
         table = functools.partial(nn.Embedding.from_pretrained, freeze=False)
-        self.embed = table(torch.empty(cfg.vocab_size, cfg.n_embd))
-        self.pos_embed = table(torch.empty(cfg.n_ctx, cfg.n_embd)) if cfg.family == "gpt2" else None
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = (nn.LayerNorm if cfg.family == "gpt2" else RMSNorm)(cfg.n_embd, eps=cfg.norm_eps)
-        self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        with torch.device("meta"):
+            self.embed = table(torch.empty(cfg.vocab_size, cfg.n_embd))
+            self.pos_embed = table(torch.empty(cfg.n_ctx, cfg.n_embd)) if cfg.family == "gpt2" else None
+            self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+            self.norm = (nn.LayerNorm if cfg.family == "gpt2" else RMSNorm)(cfg.n_embd, eps=cfg.norm_eps)
+            self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tied:
             self.lm_head.weight = self.embed.weight
-        self.folder, self.fingerprint = None, ""  # set by from_pretrained
 
     @property
     def device(self):
@@ -274,7 +274,6 @@ class GPT(nn.Module):
         if temperature < 0:
             raise ValueError("temperature must be 0 (greedy) or positive")
         eos = set(self.config.eos_ids if eos_ids is None else eos_ids)
-        self.check(prompts, max_new_tokens, prefixes, prefix_cache)
         rng = torch.Generator(self.device)
         rng.manual_seed(seed) if seed is not None else rng.seed()
         answers, new = [[] for _ in prompts], [max_new_tokens] * len(prompts)
@@ -303,8 +302,6 @@ class GPT(nn.Module):
     def answer_logprobs(self, prompts, answers, prefixes=None, prefix_cache=None, batch_size=64):
         """Sum of log p(answer given prompt) over its tokens: (N,) float32. Id lists; see `generate`."""
         out, new = torch.zeros(len(prompts)), [len(a) for a in answers]
-        self.check(prompts, 0)
-        self.check([p + a for p, a in zip(prompts, answers)], 0, prefixes, prefix_cache)
         for rows, cache in self._batches(prompts, prefixes, prefix_cache, batch_size, new):
             ids, lengths = pad([prompts[i] + answers[i] for i in rows], self.device)
             # the state at token t predicts token t + 1: (row, t, next token) for each token of an answer
@@ -321,7 +318,7 @@ class GPT(nn.Module):
     def features(self, prompts, batch_size=32):
         """Mean of the final hidden states over each prompt's real tokens: (N, C) float32, on the CPU."""
         out = torch.zeros(len(prompts), self.config.n_embd)
-        self.check(prompts, 0)
+        self.check(prompts, [0] * len(prompts))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
         for s in range(0, len(order), batch_size):
             rows = order[s:s + batch_size]
@@ -335,6 +332,7 @@ class GPT(nn.Module):
         them, with room for each prompt and its new[i] further tokens."""
         prefixes = prefixes or [None] * len(prompts)
         front = [0 if j is None else len(prefix_cache.entries[j]) for j in prefixes]
+        self.check(prompts, [f + n for f, n in zip(front, new)])
         order = sorted(range(len(prompts)), key=lambda i: front[i] + len(prompts[i]) + new[i])
         for s in reversed(range(0, len(order), batch_size)):  # longest first: the others fit into its memory
             rows = order[s:s + batch_size]
@@ -348,15 +346,14 @@ class GPT(nn.Module):
                         cache.kv[:, :, b, :, :front[i]] = prefix_cache[prefixes[i]]
             yield rows, cache
 
-    def check(self, prompts, new, prefixes=None, prefix_cache=None):
-        """ValueError for an empty prompt, an id outside the vocabulary, or one that outgrows the context."""
+    def check(self, prompts, more):
+        """ValueError: a prompt is empty, has an unknown id, or with more[i] others outgrows the context."""
         V, room = self.config.vocab_size, self.config.n_ctx
-        for n, (p, j) in enumerate(zip(prompts, prefixes or [None] * len(prompts))):
-            size = len(p) + (0 if j is None else len(prefix_cache.entries[j]))
+        for n, (p, others) in enumerate(zip(prompts, more)):
             if not p or min(p) < 0 or max(p) >= V:
                 raise ValueError(f"prompt {n} is empty, or holds an id outside the vocabulary of {V}")
-            if size + new > room:
-                raise ValueError(f"prompt {n}: {size} tokens + {new} new ones exceed the context of {room}")
+            if len(p) + others > room:
+                raise ValueError(f"prompt {n}: {len(p)} + {others} tokens exceed the context of {room}")
 
     @classmethod
     def from_pretrained(cls, name_or_dir, dtype=torch.float32, device="cpu"):
@@ -489,11 +486,10 @@ HARMLESS = set("""
     num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
     no_repeat_ngram_size bad_words_ids num_return_sequences suppress_tokens begin_suppress_tokens
     remove_invalid_values""".split())
-HARMLESS_AT_1 = {"scale_attn_weights", "partial_rotary_factor"}
 
 
 class Settings:
-    """A config.json whose settings are taken one by one, each checked; `done` refuses what nobody took."""
+    """A config.json whose settings are taken one by one, each checked; `left` is what nobody took."""
 
     def __init__(self, values, where):
         self.left, self.where = dict(values), where
@@ -513,26 +509,20 @@ class Settings:
             self.refuse(key, value)
         return value
 
-    def done(self):
-        for key, value in self.left.items():
-            harmless = not value or key in HARMLESS or key.startswith("_")
-            if not (value in (None, 1) if key in HARMLESS_AT_1 else harmless):
-                self.refuse(key, value)
-
 
 def read_config(hf, where):
-    """A parsed config.json -> Config. UserError names whatever setting this decoder does not do. Defaults are
-    those of transformers."""
-    s, eos = Settings(hf, where), data.ids_of(hf, where)
+    """A parsed config.json -> Config, defaults as in transformers. UserError names what we do not do."""
+    s = Settings(hf, where)
     kind = s.take("model_type", str, among=data.MODEL_TYPES)
     if kind == "gpt2":
+        s.take("scale_attn_weights", bool, True, among=(True,))
         gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
         C, H = s.take("n_embd", int), s.take("n_head", int)
         cfg = Config("gpt2", s.take("vocab_size", int), s.take("n_layer", int), H, H, C, C // H,
                      s.take("n_inner", int, 4 * C), s.take("n_positions", int),
                      s.take("layer_norm_epsilon", float, 1e-5),
                      tied=s.take("tie_word_embeddings", bool, True),
-                     gelu=gelus[s.take("activation_function", str, "gelu_new", among=gelus)], eos_ids=eos)
+                     gelu=gelus[s.take("activation_function", str, "gelu_new", among=gelus)])
     else:
         s.take("hidden_act", str, "silu", among=("silu", "swish"))
         C, H = s.take("hidden_size", int), s.take("num_attention_heads", int)
@@ -543,16 +533,18 @@ def read_config(hf, where):
                      s.take("intermediate_size", int), s.take("max_position_embeddings", int),
                      s.take("rms_norm_eps", float, 1e-6), *read_rope(s), qk_norm=kind == "qwen3",
                      tied=s.take("tie_word_embeddings", bool, False), qkv_bias=bias or kind == "qwen2",
-                     o_bias=bias, mlp_bias=kind == "llama" and s.take("mlp_bias", bool, False), eos_ids=eos)
-        layers = s.take("layer_types", list, [])
-        if any(layer != "full_attention" for layer in layers):
-            s.refuse("layer_types", layers)
+                     o_bias=bias, mlp_bias=kind == "llama" and s.take("mlp_bias", bool, False))
+        s.take("partial_rotary_factor", float, 1.0, among=(1.0,))
+        if s.left.get("layer_types") == ["full_attention"] * cfg.n_layer:
+            s.left.pop("layer_types")
         # Mistral slides over 4096 tokens unless it says otherwise, Qwen only if told to
         window = s.left.setdefault("sliding_window", 4096 if kind == "mistral" else None)
         off = kind in ("qwen2", "qwen3") and not s.left.get("use_sliding_window")
         if off or kind == "mistral" and type(window) is int and window >= cfg.n_ctx:
             s.left.pop("sliding_window")
-    s.done()
+    for key, value in s.left.items():
+        if value and key not in HARMLESS and not key.startswith("_"):
+            s.refuse(key, value)
     D = cfg.head_dim
     fits = H * D == C if kind == "gpt2" else D % 2 == 0
     if not fits or H % cfg.n_kv_head or cfg.n_layer > 1024 or H * D > 1 << 20:
@@ -566,19 +558,19 @@ def read_rope(s):
     new, old = s.take("rope_parameters", dict, {}), s.take("rope_scaling", dict, {})
     for key, value in (*new.items(), *old.items()):
         key = "rope_type" if key == "type" else key
-        if s.left.get(key) is None:
-            s.left[key] = value
-        elif value not in (None, s.left[key]):
+        if s.left.setdefault(key, value) != value:
             s.refuse(key, value, f"contradicts {s.left[key]!r:.30}")
     keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     llama3 = s.take("rope_type", str, "default", among=("default", "llama3")) == "llama3"
     return s.take("rope_theta", float, 10000.0), {k: s.take(k, float) for k in keys} if llama3 else None
 
 
-def blank(cfg):
-    """A GPT of shapes only: no time or memory is spent on values that a file will bring."""
-    with torch.device("meta"):
-        return GPT(cfg)
+HF_NAMES = {  # what Hugging Face's checkpoints call differently
+    "gpt2": {"embed": "transformer.wte", "pos_embed": "transformer.wpe", "blocks": "transformer.h",
+             "norm": "transformer.ln_f", "norm1": "ln_1", "norm2": "ln_2"},
+    "llama": {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
+              "attn": "self_attn", "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}}
+BUFFERS = ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "position_ids"  # once saved like weights
 
 
 def hf_keys(cfg):
@@ -587,19 +579,11 @@ def hf_keys(cfg):
     GPT-2's Conv1D keeps weights as (in, out). One of them, attn.c_proj, is square, so a missing transposition
     would pass every check of shapes: it has to be written down, here.
     """
-    top, names = ("transformer.", {"embed": "wte", "pos_embed": "wpe", "blocks": "h", "norm": "ln_f",
-                                   "norm1": "ln_1", "norm2": "ln_2"}) if cfg.family == "gpt2" else (
-                  "model.", {"embed": "embed_tokens", "blocks": "layers", "attn": "self_attn",
-                             "norm1": "input_layernorm", "norm2": "post_attention_layernorm"})
-    keys = {}
-    for ours, _ in blank(cfg).named_parameters():
+    keys, names = {}, HF_NAMES[cfg.family]
+    for ours, _ in GPT(cfg).named_parameters():
         theirs = ".".join(names.get(part, part) for part in ours.split("."))
-        theirs = theirs if theirs == "lm_head.weight" else top + theirs
         keys[ours] = theirs, ".c_" in ours and "weight" in ours
     return keys
-
-
-BUFFERS = ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "position_ids"  # once saved like weights
 
 
 def weight_files(folder):
@@ -614,11 +598,9 @@ def weight_files(folder):
 def load(folder, dtype, device):
     """The model in `folder`: see GPT.from_pretrained."""
     cfg = read_config(read_json(folder / "config.json", dict), folder / "config.json")
-    more = folder / "generation_config.json"
-    if more.exists():  # chat models end their turns with more than one id
-        cfg.eos_ids = tuple(dict.fromkeys(cfg.eos_ids + data.ids_of(read_json(more, dict), more)))
+    cfg.eos_ids = data.end_ids(folder)
     tied, cfg.tied = cfg.tied, False  # a head of its own, until the files have told what they hold
-    model, keys, state = blank(cfg), hf_keys(cfg), {}
+    model, keys, state = GPT(cfg), hf_keys(cfg), {}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wanted = {theirs: (ours, transposed) for ours, (theirs, transposed) in keys.items()}
     top = keys["embed.weight"][0].split(".")[0] + "."  # left out where a model was saved without its head
@@ -702,7 +684,7 @@ class Linear(nn.Linear):
         if self.packed is None or self.packed[0] != now:
             # the weight is kept beside its copies, so that no other tensor can get its address meanwhile
             self.packed = now, self.weight.data, {}
-        copies, weight = self.packed[2], self.weight.detach()
+        _, weight, copies = self.packed
         if transposed not in copies:
             plain = weight.t().contiguous() if transposed else weight
             copies[transposed] = torch.ops.mkldnn._reorder_linear_weight(plain)

@@ -26,6 +26,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -1369,7 +1370,8 @@ def test_an_answer_ends_as_both_configs_say():
         files = d / "generation_config.json", d / "config.json"  # of two bad ones the latter is named
         for file, bad in itertools.product(files, ("</s>", [[0]], True, 2.0, -1)):
             data.write_json(file, LLAMA | {"eos_token_id": bad})
-            assert f"{file}: eos_token_id" in refused(data.load_tokenizer, d), (file, bad)
+            for load in (data.load_tokenizer, model.GPT.from_pretrained):
+                assert f"{file}: eos_token_id" in refused(load, d), (file, bad)
         spec = tokenizer(vocab={t: i for t, i in vocabulary().items() if i > 1}) | {"added_tokens": []}
         data.write_json(write_tiny_folder(d, LLAMA | {"eos_token_id": None}) / "tokenizer.json", spec)
         assert "eos_token_id" in refused(data.load_tokenizer, d)
@@ -1654,6 +1656,8 @@ def test_a_model_is_a_folder_a_short_name_or_a_hub_id_and_has_an_origin_others_k
     origins = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "gpt2": "openai-community/gpt2",
                "a/b@c0ffee": "a/b", "a/b": "a/b"}
     assert {name: data.origin(name) for name in origins} == origins
+    with unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": "http://mirror/"}):
+        assert runpy.run_path(str(HERE / "data.py"))["HUB"] == "http://mirror"
 
 
 # ---- data.py: downloads ------------------------------------------------------------------------------------
@@ -1688,8 +1692,8 @@ def server(answer):
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{httpd.server_port}"
     try:
-        with contextlib.redirect_stderr(io.StringIO()), patched(time, "sleep"), \
-                unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url + "/", "HF_TOKEN": "secret\n"}):
+        with contextlib.redirect_stderr(io.StringIO()), patched(time, "sleep"), patched(data, "HUB", url), \
+                unittest.mock.patch.dict(os.environ, {"HF_TOKEN": "secret\n"}):
             yield url, asked
     finally:
         httpd.shutdown()
@@ -1730,7 +1734,7 @@ def test_whatever_lies_in_the_part_the_whole_arrives():
 
 def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_stays():
     for etag, fits in ((SHA256, True), ("0" * 64, False)):
-        promise = {"X-Linked-Size": str(len(BODY)), "X-Linked-Etag": f'"{etag}"'}
+        promise = {"X-Linked-Etag": f'"{etag}"'}
         with server(lambda path, h: ranged(BODY, h, {"ETag": f'"{"1" * 64}"'})) as (store, asked):
             elsewhere = store.replace("127.0.0.1", "localhost") + "/blob"
             redirect = 302, promise | {"Location": elsewhere}, b""
@@ -1762,10 +1766,9 @@ def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing(
         assert (d / "f").read_bytes() == BODY and len(asked) == 8
         assert "announced" in refused(data.download, url, d / "g", sha256="0" * 64) and os.listdir(d) == ["f"]
         assert "nonsense" in refused(data.download, "nonsense://x/y", d / "g")
-    short = {"X-Linked-Size": str(len(BODY) + 9)}
-    with folder() as d, server(lambda path, h: ranged(BODY[:-9], h, short)) as (url, asked):
+    with folder() as d, server(lambda path, h: (200, {}, BODY, 9)) as (url, asked):
         assert "run again" in refused(data.download, url, d / "f") and len(asked) == 5
-    with folder() as d, unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": url}), patched(time, "sleep"):
+    with folder() as d, patched(data, "HUB", url), patched(time, "sleep"):
         assert "gpt2/revision/607a30d" in refused(data.resolve_model, "gpt2", cache=d)
 
 
@@ -1779,10 +1782,12 @@ def test_a_disk_that_fills_up_during_a_download_is_one_line():
 
 def test_data_sets_are_fetched_once_and_checked():
     rows = b"".join(b'{"instruction": "%d", "response": "x"}\n' % n for n in range(3))
-    ours = {"dolly": [(data.SOURCES["dolly"][0][0], hashlib.sha256(rows).hexdigest())]}
-    with folder() as d, server(lambda path, h: ranged(rows, h, {})) as (_, asked), working_in(d):
-        assert "announced" in refused(data.load_examples, "dolly")  # not Dolly's sha256
-        with unittest.mock.patch.dict(data.SOURCES, ours):
+    (there, known), = data.SOURCES["dolly"]
+    path = there.removeprefix(data.HUB)
+    with folder() as d, server(lambda path, h: ranged(rows, h, {})) as (url, asked), working_in(d):
+        with unittest.mock.patch.dict(data.SOURCES, dolly=[(url + path, known)]):
+            assert "announced" in refused(data.load_examples, "dolly")  # not Dolly's sha256
+        with unittest.mock.patch.dict(data.SOURCES, dolly=[(url + path, hashlib.sha256(rows).hexdigest())]):
             assert [len(data.load_examples("dolly")) for _ in range(3)] == [3, 3, 3]
         assert len(asked) == 2 and all("databricks-dolly-15k/resolve/bdd27f4" in path for path, _ in asked)
 
@@ -2338,7 +2343,7 @@ def test_settings_this_decoder_does_not_do_are_refused_by_name():
              (GPT2, {"scale_attn_by_inverse_layer_idx": True}), (GPT2, {"add_cross_attention": True}),
              (GPT2, {"rope_theta": 10000.0}), (GPT2, {"tie_word_embeddings": "yes"}),
              (LLAMA, {"rope_scaling": "x"}), (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, "factor"),
-             (LLAMA, {"rms_norm_eps": "small"}), (LLAMA, {"eos_token_id": "x"}), (LLAMA, {"rope_theta": {}}),
+             (LLAMA, {"rms_norm_eps": "small"}), (LLAMA, {"rope_theta": {}}),
              (LLAMA, {"num_key_value_heads": 3}, "heads"), (GPT2, {"n_head": 5}, "heads"),
              (LLAMA, {"hidden_size": 36}, "heads of 9"), (LLAMA, {"num_hidden_layers": 10**6}, "layers")]
     sizes = "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"
