@@ -2211,7 +2211,7 @@ def test_frozen_layers_pass_the_gradients_of_plain_ones():
 
 
 def test_packed_weights_change_no_answer():
-    """Whatever happens to a weight (a merge, a training step), no packed copy is an old one."""
+    """Whatever happens to a weight (a merge, a training step, a new value), no packed copy is an old one."""
     def adapter(m):
         lora.inject(m, 4, 64)
         shaken(m)
@@ -2221,6 +2221,11 @@ def test_packed_weights_change_no_answer():
         m.loss(torch.tensor(ragged(8)), torch.tensor([1, 6]), torch.tensor([7, 8])).backward()
         assert not packs(m)  # training holds none
         torch.optim.SGD(m.parameters(), 1.0).step()
+
+    @torch.no_grad()
+    def negate(m):
+        for p in m.blocks.parameters():
+            p.neg_()
 
     def packs(m):
         return any(getattr(x, "packed", None) for x in m.modules())
@@ -2232,14 +2237,14 @@ def test_packed_weights_change_no_answer():
         ours, plain, seen = tiny(config, dtype), tiny(config, dtype), []
         for module in plain.modules():
             module.packing = False
-        for change in (lambda m: m, adapter, step, lora.merge, lora.unmerge, lora.merge):
+        for change in (lambda m: m, adapter, step, negate, lora.merge, lora.unmerge, lora.merge):
             change(ours)
             change(plain)
             assert ours.generate(prompts, 8, eos_ids=()) == plain.generate(prompts, 8, eos_ids=())
             seen.append(ours.features(prompts))
             close(seen[-1], plain.features(prompts), 1e-5 if dtype == torch.float32 else 0)
             assert packs(ours) and not packs(plain)
-        for a, b in itertools.combinations(seen[:3], 2):
+        for a, b in itertools.combinations(seen[:4], 2):
             assert (a - b).abs().max() > 1e-3  # each of these changes is one that shows
 
 
@@ -2658,14 +2663,14 @@ def test_a_memo_of_runs_that_are_killed_again_and_again_holds_the_outcomes_of_on
 
 def test_ctrl_c_twice_or_during_the_comparison_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
-    for inside, presses, flags in (("leave_one_out", 2, []), ("best_fixed", 1, ["--eval_only"])):
+    for inside, presses in (("leave_one_out", 2), ("best_fixed", 1)):
         def pressed(*args, presses=presses):
             for _ in range(presses):
                 signal.raise_signal(signal.SIGINT)
             raise AssertionError("it went on")
 
         with copy_of_trained("results.json") as d, patched(rl, inside, pressed):
-            status, _, err = script("train_matcher", *flags, cwd=d)
+            status, _, err = script("train_matcher", cwd=d)
             assert status == 130 and not (d / "out/results.json").exists(), err
     assert signal.getsignal(signal.SIGINT) is before
 
