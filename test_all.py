@@ -1610,16 +1610,15 @@ def test_a_checkpoint_comes_back_to_the_bit_and_a_damaged_file_is_one_line_that_
         data.write_checkpoint(path, tensors, state)
         (found, read), whole = data.read_checkpoint(path), path.read_bytes()
         assert read == state and all(torch.equal(found[k], tensors[k]) for k in tensors)
-        bad = [whole[:n] for n in range(0, len(whole), 7)] + [b"\xff" * 8 + whole[8:]]
-        pickled, no_json = io.BytesIO(), [
-            b"", b'{"a": 1,\n}', b'["\\ud800"]', b"\xff\xfe1\x00", b"[" * 1_000_000, b"1" * 5000,
-            b'{"k": "\xe9"}', b"\x00", b'"' + b"a" * 2000]
+        pickled = io.BytesIO()
         torch.save(tensors, pickled)
-        bad.append(pickled.getvalue())
+        bad = [pickled.getvalue(), b"\xff" * 8 + whole[8:], *(whole[:n] for n in range(0, len(whole), 7))]
+        no_json = [b"", b'{"a": 1,\n}', b'["\\ud800"]', b"\xff\xfe1\x00", b"[" * 1_000_000, b"1" * 5000,
+                   b'{"k": "\xe9"}', b"\x00", b'"' + b"a" * 2000]
         for read, damage in ((data.read_checkpoint, bad), (data.read_json, no_json)):
             for raw in damage:
                 path.write_bytes(raw)
-                assert str(path) in refused(read, path), raw[:20]
+                assert refused(read, path).startswith(str(path)), raw[:20]
 
 
 def test_digests_and_fingerprints_cover_all_that_counts():
@@ -1653,7 +1652,9 @@ def gguf(metadata, tensors):
             return 9, struct.pack("<IQ", kinds[0], len(v)) + b"".join(parts)
         if isinstance(v, str):
             return 8, string(v)
-        return (6, struct.pack("<f", v)) if isinstance(v, float) else (4, struct.pack("<I", v))
+        if isinstance(v, float):
+            return 6, struct.pack("<f", v)
+        return 5 if isinstance(v, np.int32) else 4, struct.pack("<I", v)
 
     head, body = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)), b""
     for key, (kind, raw) in ((key, typed(v)) for key, v in metadata.items()):
@@ -1689,7 +1690,8 @@ def tiny_gguf():
                 "llama.embedding_length": 32, "llama.feed_forward_length": 64, "llama.rope.freq_base": 1e5,
                 "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
                 "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.merges": MERGES,
-                "tokenizer.ggml.tokens": list(vocab), "tokenizer.ggml.token_type": [3, 3] + [1] * 261}
+                "tokenizer.ggml.tokens": list(vocab),
+                "tokenizer.ggml.token_type": [*np.int32([3, 3] + [1] * 261)]}
     metadata |= {f"tokenizer.ggml.{k}_token_id": 1 for k in ("bos", "eos", "padding")}
     tensors, arrays = {}, {}
     for n, (name, shape) in enumerate(shapes.items()):
