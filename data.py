@@ -535,7 +535,7 @@ def atomic_write(path):
             os.kill(int(orphan.name.split(".")[-2]), 0)  # asks only; Windows' does more
         except ProcessLookupError:  # killed, it left up to gigabytes behind
             orphan.unlink(missing_ok=True)
-        except PermissionError:  # another user's
+        except (PermissionError, ValueError):  # another user's, or not one of ours
             pass
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

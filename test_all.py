@@ -1415,9 +1415,10 @@ def test_any_string_can_be_encoded_and_no_id_lies_past_the_vocabulary():
 
 def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new_one_whole():
     nobody, parent = 2**22 + 1, os.getppid()
-    dead, alive, other = f".a.json.{nobody}.tmp", f".a.json.{parent}.tmp", f".b.json.{nobody}.tmp"
+    dead, *others = (f".{name}.tmp" for name in (f"a.json.{nobody}", f"a.json.{parent}", "a.json.old",
+                                                 f"b.json.{nobody}"))
     with folder() as d:
-        for temp in (dead, alive, other):  # a killed process leaves one
+        for temp in (dead, *others):  # a killed process leaves one
             (d / temp).write_text("half")
         data.write_json(d / "a.json", {"old": 1})
 
@@ -1435,7 +1436,7 @@ def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new
             status, line = exit_of(functools.partial(main, error))
             assert status == want and words in line and line.count("\n") == 1 and len(line) < 1100
         assert refused(data.write_json, d / "a.json", math.nan, error=ValueError)
-        left = {"a.json", alive, other} if os.name == "posix" else {"a.json", alive, other, dead}
+        left = {"a.json", *others} | ({dead} if os.name != "posix" else set())
         assert data.read_json(d / "a.json") == {"old": 1} and {*os.listdir(d)} == left
 
 
@@ -1975,6 +1976,19 @@ def test_cached_and_batched_generation_behind_any_prefix_is_the_uncached_argmax_
                 assert m.generate(prompts, 20, eos_ids=eos, batch_size=n, **behind) == want
         assert m.generate([], 5) == [] and m.generate(prompts[:2], 0) == [[], []]
         assert m.features([]).shape == (0, 32) and m.answer_logprobs([], []).shape == (0,)
+
+
+def test_prompts_that_cannot_be_answered_are_refused():
+    m = tiny(max_position_embeddings=40)
+    behind = {"prefixes": [0], "prefix_cache": model.PrefixCache(m, ragged(20))}
+    assert len(m.generate(ragged(30), 10, eos_ids=())[0]) == 10  # exactly the context
+    for what, call in (("empty", lambda: m.generate([[5], []], 3)),
+                       ("empty", lambda: m.answer_logprobs([[]], [[5]], **behind)),
+                       ("vocabulary", lambda: m.features([[5], [V]])),
+                       ("exceed", lambda: m.features(ragged(41))),
+                       ("exceed", lambda: m.generate(ragged(15), 6, **behind)),
+                       ("exceed", lambda: m.answer_logprobs(ragged(30), ragged(11)))):
+        assert what in refused(call, error=ValueError)
 
 
 def test_the_likelihood_of_an_answer_is_the_sum_of_its_log_softmax():

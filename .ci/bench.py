@@ -1,7 +1,7 @@
 """
 Ours against transformers + PEFT on the same weights, dtype, threads and inputs: README's table of speeds.
 
-    python test_all.py --bench [lora rollouts] [--model FOLDER or NAME]
+    python test_all.py --bench [lora rollouts features] [--model FOLDER or NAME]
 """
 
 import os
@@ -19,6 +19,8 @@ import model
 import rl
 import train_lora
 from test_all import Skip, need, padded_left, seconds
+
+PARTS = "lora", "rollouts", "features"
 
 
 def race(what, unit, amount, mine, peer):
@@ -127,13 +129,29 @@ class Bench:
         best = min((16, 32, 64), key=lambda n: seconds(lambda: theirs(n)))
         return ours, lambda: ours(rl.PrefixCache(mine, env.exemplars, block=16)), lambda: theirs(best)
 
+    def features(self):
+        mine, peer = self.models(self.dtype)
+        texts = [data.encode_query(self.enc, e) for e in data.styles()[::18]]
+
+        @torch.inference_mode()
+        def theirs():
+            order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+            for rows in (order[s : s + 32] for s in range(0, len(order), 32)):
+                x, lengths = model.pad([texts[i] for i in rows])
+                mask = torch.arange(x.shape[1]) < lengths[:, None]
+                h = peer.base_model(input_ids=x, attention_mask=mask.long()).last_hidden_state.float()
+                (h * mask[..., None]).sum(1) / lengths[:, None]
+
+        race(f"features: {len(texts)} questions of unequal length", "texts/s", len(texts),
+             lambda: mine.features(texts), theirs)
+
 
 def bench(words):
-    """words: what stands behind --bench, `lora` or `rollouts` or neither, --model and a name."""
+    """words: what stands behind --bench, some of PARTS or none for all, --model and a name."""
     at = words.index("--model") if "--model" in words else len(words)
     name, parts = [*words, "smollm2-135m", "smollm2-135m"][at + 1], words[:at] + words[at + 2 :]
-    if unknown := [part for part in parts if part not in ("lora", "rollouts")]:
-        raise data.UserError(f"--bench {unknown[0]}: use lora, rollouts, or nothing for both")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise data.UserError(f"--bench {unknown[0]}: use {', '.join(PARTS)}, or nothing for all")
     table = Bench(name)
-    for part in parts or ["lora", "rollouts"]:
+    for part in parts or PARTS:
         getattr(table, part)()
