@@ -981,6 +981,10 @@ class Processes:
         """Rank 0 calls `fetch` (a download into the shared cache) while the others wait."""
         if self.rank == 0:
             fetch()
+        self.wait()
+
+    def wait(self):
+        """Until every process has come this far."""
         self.gather(None)
 
     def sum(self, values):

@@ -523,7 +523,7 @@ def train_and_save(task, args, settings):
         save_best()
     train(task, matcher, optimizer, progress, args, save_best, checkpoint)
     settings["llm_calls"] = len(task.env.asked)
-    task.env.ddp.sum([0])  # every process waits for the files of the first
+    task.env.ddp.wait()  # for the files of the first
     matcher, _ = matching.load(folder)  # the best, not the last
     settings["threshold"] = threshold_on_training(task, matcher)  # for sample.py, too
     save_best()
