@@ -16,7 +16,7 @@ same standardised by the pool's mean and std:
 Both MLPs end in zeros, so among exemplars an untrained matcher takes the nearest by cosine; learning bends it
 (ours; with ordinary initial values it would have to find even that by trial and error). The towers share f
 (ours): an exemplar counts by its question, so what makes two of these alike is learnt once, from both sides;
-with two separate MLPs `styles` took 1.6 times the steps and ended lower. *stop* is an action of its own
+with two separate MLPs `styles` took 320 steps, not 180, and ended lower. *stop* is an action of its own
 (ours): a wrong exemplar is worse than none. exp(tau), how sharply the policy tells scores apart, is learnt;
 it starts where the pool makes it start (`sharpen`).
 
