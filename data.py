@@ -855,9 +855,10 @@ def try_download(url, path, sha256):
         if 400 <= status < 500 and status not in (416, 429):
             hint = ": a wrong name, or accept its terms and set HF_TOKEN" if status in (401, 403) else ""
             raise UserError(f"{url}: the server answered {status} {response.reason}{hint}")
-        size = last.get("content-range", "").rpartition("/")[2] or last.get("content-length", "")
-        size = int(size) if size.isdecimal() else None
         promise = ChainMap(*(r.headers for r in [*response.history, response]))  # the Hub, then its store
+        total = last.get("content-range", "").rpartition("/")[2] or last.get("content-length", "")
+        size = promise.get("x-linked-size", total)
+        size = int(size) if size.isdecimal() else None
         etag = re.fullmatch(r'"?([0-9a-f]{64})"?', promise.get("x-linked-etag", ""))
         sha256 = sha256 or etag and etag[1]
         if status != 416:  # 416: there is nothing past what we have

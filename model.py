@@ -558,7 +558,9 @@ def read_rope(s):
     new, old = s.take("rope_parameters", dict, {}), s.take("rope_scaling", dict, {})
     for key, value in (*new.items(), *old.items()):
         key = "rope_type" if key == "type" else key
-        if s.left.setdefault(key, value) != value:
+        if s.left.get(key) is None:
+            s.left[key] = value
+        elif value not in (None, s.left[key]):
             s.refuse(key, value, f"contradicts {s.left[key]!r:.30}")
     keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     llama3 = s.take("rope_type", str, "default", among=("default", "llama3")) == "llama3"

@@ -1616,7 +1616,8 @@ def test_a_model_is_a_folder_a_short_name_or_a_hub_id_and_has_an_origin_others_k
                "a/b@c0ffee": "a/b", "a/b": "a/b"}
     assert {name: data.origin(name) for name in origins} == origins
     with unittest.mock.patch.dict(os.environ, {"HF_ENDPOINT": "http://mirror/"}):
-        assert runpy.run_path(str(HERE / "data.py"))["HUB"] == "http://mirror"
+        (dolly, _), = runpy.run_path(str(HERE / "data.py"))["SOURCES"]["dolly"]
+        assert dolly.startswith("http://mirror/datasets/")
 
 
 # ---- data.py: downloads ------------------------------------------------------------------------------------
@@ -1686,9 +1687,13 @@ def test_a_download_goes_on_from_the_part_that_is_there_and_throws_a_wrong_one_a
 
 def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_stays():
     for etag, kept in ((SHA256, ["f"]), ("0" * 64, [])):
-        promise = {"X-Linked-Etag": f'"{etag}"'}
+        promise = {"X-Linked-Size": str(len(BODY)), "X-Linked-Etag": f'"{etag}"'}
 
         def answer(path, headers, promise=promise):
+            if path == "/whole":  # a store that says nothing of the size where there is no more
+                return 302, promise | {"Location": "/rest"}, b""
+            if path == "/rest":
+                return 416, {}, b"no more"
             if path == "/blob":
                 return ranged(BODY, headers, {"ETag": f'"{"1" * 64}"'})
             return 302, promise | {"Location": f"http://localhost:{headers['Host'].split(':')[1]}/blob"}, b""
@@ -1702,6 +1707,9 @@ def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_sta
             data.download(url.replace("127.0.0.1", "localhost") + "/blob", d / "g")  # not from the Hub either
             given = [(path, headers["Authorization"]) for path, headers in asked]
             assert given == [("/f", "Bearer secret"), ("/blob", None), ("/blob", None)]
+            if kept:  # an interruption left all of it
+                (d / "h.part").write_bytes(BODY)
+                assert data.download(f"{url}/whole", d / "h").read_bytes() == BODY
 
 
 def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing():
@@ -1892,6 +1900,7 @@ VARIANTS = {  # with what else config.json files on the Hub say, as written by t
         "rope_scaling": LLAMA3, "rope_theta": 500.0, "eos_token_id": [1, 3], "head_dim": 8,
         "mlp_bias": False, "attention_bias": False, "_commit_hash": "4e20"},
     "rope, an older spelling": LLAMA | {"rope_scaling": {"type": "llama3"} | dict(list(LLAMA3.items())[1:])},
+    "rope, nulls": LLAMA | {"rope_parameters": {"rope_theta": None, "rope_type": "default", "type": None}},
     "rope, both spellings": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "Qwen2": QWEN2,
     "Qwen2.5, untied, windows off": QWEN2 | {
@@ -2645,9 +2654,10 @@ def test_a_pool_of_ones_own_is_used_and_a_question_never_meets_its_own_answer():
 
 
 def test_questions_of_other_data_are_none_that_the_lora_was_trained_on():
+    known, new = data.split(notes(60), 0), notes(40, 300)
+    known, long = known["lora_train"] + known["lora_val"], notes(1, 400)[0] | {"input": "a" * 500}
     with copy_of_trained(*MATCHER) as d, asked() as seen:
-        known, new = data.split(notes(60), 0)["lora_train"], notes(40, 300)
-        data.write_lines(d / "new.jsonl", known + new)
+        data.write_lines(d / "new.jsonl", [*known, *new, long])
         works("train_matcher", "--data", "new.jsonl", cwd=d)
         texts = {data.digest(e) for e in new}
         assert all(data.digest(e) in texts for question, exemplars in seen for e in (question, *exemplars))
@@ -2656,7 +2666,26 @@ def test_questions_of_other_data_are_none_that_the_lora_was_trained_on():
         works("train_matcher", "--eval_only", cwd=d)
         assert results(d)["metrics"] == first["metrics"]
         data.write_lines(d / "new.jsonl", new[:30])
-        assert "rows" in complaint("train_matcher", "--data", "new.jsonl", "--resume", cwd=d)
+        for flags in (("--data", "new.jsonl", "--resume"), ("--eval_only",)):
+            assert "rows" in complaint("train_matcher", *flags, cwd=d), flags
+    rows = [e | {"group": n % 6} for n, e in enumerate(notes(12))]
+    assert train_matcher.unknown(rows, [e | {"group": "1"} for e in new] + rows[:1]) == [
+        e for e in rows if e["group"] not in (0, 1)]  # nor others of a group that it was trained on
+
+
+def test_eval_only_asks_what_the_matcher_was_not_trained_on_whatever_the_file_is_called():
+    with copy_of_trained() as d:
+        first = results(d)["metrics"]
+        works("train_matcher", "--eval_only", "--data", d / "my.jsonl", cwd=d)
+        assert results(d)["metrics"] == first
+        (d / "my.jsonl").rename(d / "other.jsonl")
+        works("train_lora", "--resume", "--data", "other.jsonl", cwd=d)
+        settings = d / "out/lora/adapter_config.json"
+        config = data.read_json(settings)
+        config["pillow"]["data"] = "other.jsonl"
+        data.write_json(settings, config)
+        works("train_matcher", "--eval_only", cwd=d)
+        assert results(d)["metrics"] == first
 
 
 def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():

@@ -406,6 +406,13 @@ def load_sft(folder, model, adapter, dtype, device):
     return sft
 
 
+def unknown(examples, known):
+    """The examples whose question, and whose group, is none of those of `known`."""
+    asked, groups = {data.question_key(e) for e in known}, {str(e["group"]) for e in known if "group" in e}
+    return [e for e in examples
+            if data.question_key(e) not in asked and ("group" not in e or str(e["group"]) not in groups)]
+
+
 def load(args, p, ddp):
     """-> (task, settings of the run, the SFT model or None, what else results.json says)."""
     made_with = matching.load(args.out / "matcher")[1] if args.eval_only else {}
@@ -416,8 +423,11 @@ def load(args, p, ddp):
     folder = Path(args.lora or args.out / "lora")
     adapter = read_adapter(folder, args.out)
     trained_on = data.load_examples(adapter["data"], f"{folder} was trained on")
-    args.data = args.data or made_with.get("data", adapter["data"])
+    same = made_with.get("rows", adapter["rows"]) == adapter["rows"]  # whatever its file was called
+    args.data = args.data or (adapter["data"] if same else made_with["data"])
     other = args.data != adapter["data"]
+    if other:
+        ddp.first(lambda: data.load_examples(args.data))  # one process fetches it for all
     examples = data.load_examples(args.data) if other else trained_on
     own_pool = data.load_examples(args.pool, "--pool") if args.pool else None
     settle(args, p, made_with, adapter, examples, own_pool or examples)
@@ -435,9 +445,13 @@ def load(args, p, ddp):
 
     parts = data.split(kept, adapter["seed"])
     if other:
-        seen = {data.question_key(e) for e in parts["lora_train"]}
         kept = data.keep_short(enc, examples, adapter["max_tokens"], args.data)
-        parts = data.split([e for e in kept if data.question_key(e) not in seen], adapter["seed"])
+    rows = data.digest_rows(kept)
+    if made_with and rows != made_with.get("rows", adapter["rows"]):
+        raise UserError(f"{args.data}: not the rows that {args.out / 'matcher'} was trained on, so some of "
+                        "those would be test questions now; train it again")
+    if rows != adapter["rows"]:  # other questions, not the same under another name
+        parts = data.split(unknown(kept, parts["lora_train"] + parts["lora_val"]), adapter["seed"])
     questions = {"train": parts["matcher_train"][: args.n_train], "val": parts["val"][: args.n_val],
                  "test": parts["test"][: args.n_test]}
     pool = own_pool or parts["pool"]
@@ -458,7 +472,7 @@ def load(args, p, ddp):
 
     places = ("resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in places}
-    settings |= {"rows": data.digest_rows(kept), "lora_seed": adapter["seed"], "dtype": str(dtype),
+    settings |= {"rows": rows, "lora_seed": adapter["seed"], "dtype": str(dtype),
                  "fingerprint": model.fingerprint, "adapter": digest, "template": data.TEMPLATE_VERSION,
                  "pool_size": len(pool), "pool_rows": data.digest_rows(pool)}
     if made_with and (made_with["fingerprint"], made_with["adapter"]) != (model.fingerprint, digest):
@@ -466,8 +480,7 @@ def load(args, p, ddp):
     about = {k: settings[k] for k in ("model", "data", "shots", "seed", "dtype")}
     about["examples"] = {"read": len(examples), "kept": len(kept), "max_tokens": adapter["max_tokens"]}
     if made_with:  # what was trained stays as it was, what is compared now is new
-        compared = """data rows shots reward pool pool_size pool_rows max_new_tokens seed n_test n_answers
-                      oracle""".split()
+        compared = "shots reward pool pool_size pool_rows max_new_tokens seed n_test n_answers oracle".split()
         settings = settings | made_with | {k: settings[k] for k in compared}
     return Task(pool, questions, h, n, env, args.reward, args.shots), settings, sft, about
 
