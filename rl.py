@@ -182,7 +182,8 @@ class Environment:
 
 
 class Copying:
-    """An environment without a language model: what would be earned by copying an exemplar's answer."""
+    """An environment without a language model: what would be earned by copying an exemplar's answer. It is
+    always `exact`, whatever the reward: one of your own needs --rehearsal 0."""
 
     def __init__(self, pool):
         self.pool, self.asked = pool, ()
