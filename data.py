@@ -524,9 +524,10 @@ def fitting(where):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path beside `path`: it becomes `path` on success and is removed on error.
+    """Yield a temporary path: what is written there becomes `path` on success and is removed on error.
 
-    So `path` is always the old file or the new one, whole: a rename happens at once or not at all.
+    So `path` is always the old file or the new one, whole: a rename happens at once or not at all. The
+    temporary path is in a folder of its own, since safetensors writes a temporary file beside it first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -534,22 +535,25 @@ def atomic_write(path):
         try:
             os.kill(int(orphan.name.split(".")[-2]), 0)  # asks only; Windows' does more
         except ProcessLookupError:  # killed, it left up to gigabytes behind
-            orphan.unlink(missing_ok=True)
+            shutil.rmtree(orphan, ignore_errors=True)
         except (PermissionError, ValueError):  # another user's, or not one of ours
             pass
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir(exist_ok=True)
+    temp = folder / path.name
     try:
         yield temp
         with open(temp, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temp, path)
-    except BaseException as error:
-        temp.unlink(missing_ok=True)
+    except Exception as error:
         if isinstance(error, OSError):
             error.filename = error.filename or str(path)  # a failed write() does not name its file
         elif code := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors' words for a full disk
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path, obj):

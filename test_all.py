@@ -1419,7 +1419,8 @@ def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new
                                                  f"b.json.{nobody}"))
     with folder() as d:
         for temp in (dead, *others):  # a killed process leaves one
-            (d / temp).write_text("half")
+            (d / temp).mkdir()
+            (d / temp / ".tmpQhE1ab").write_text("half")  # what safetensors has not yet renamed
         data.write_json(d / "a.json", {"old": 1})
 
         def main(error):
