@@ -193,9 +193,7 @@ def load_examples(name_or_path, flag="--data"):
     if name not in SOURCES and not path.is_file():
         raise UserError(f"{flag} {name}: not styles, {', '.join(SOURCES)}, and no such file")
     unread, examples = Counter(), []
-    files = [download(url, Path("cache") / name / url.rsplit("/", 1)[1], sha256)
-             for url, sha256 in SOURCES.get(name, ())]
-    for file in files or [path]:
+    for file in fetch_examples(name) or [path]:
         rows = read_banking77(file) if name == "banking77" else read_rows(file)
         examples += [read_row(row, f"{file}, row {n}", unread) for n, row in rows]
     if not examples:
@@ -207,6 +205,12 @@ def load_examples(name_or_path, flag="--data"):
     if len(unique) < len(examples):
         print(f"{name}: {len(examples) - len(unique):,} duplicate rows left out")
     return [dict(e) for e in unique]
+
+
+def fetch_examples(name):
+    """The files of a name in SOURCES, fetched into the cache where they are not yet; of others none."""
+    return [download(url, Path("cache") / name / url.rsplit("/", 1)[1], sha256)
+            for url, sha256 in SOURCES.get(name, ())]
 
 
 def read_banking77(path):

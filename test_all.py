@@ -2570,19 +2570,28 @@ def test_a_large_pool_is_embedded_once_however_often_that_is_killed():
 
 
 def test_two_processes_give_the_losses_and_rewards_of_one():
-    """torchrun --nproc_per_node=2, once for both trainers: most of its time goes to starting them."""
+    """torchrun --nproc_per_node=2, once for both trainers: most of its time goes to starting them. Data of a
+    name in SOURCES are fetched by one of the processes, for both."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         raise Skip("this PyTorch has no gloo")
-    with copy_of_trained(*MATCHER, *LORA[1:]) as d, socket.socket() as free:
-        both = [f"sys.argv[1:] = {flags_of(name, [])!r}\ndata.run({name}.main)\n"
-                for name in ("train_matcher", "train_lora")]  # the former with the very adapter
-        (d / "both.py").write_text("import sys, data, train_lora, train_matcher\n" + "".join(both))
+
+    def answer(path, headers):
+        threading.Event().wait(0.5)  # long enough for the other process to come and ask, too
+        return ranged((d / "my.jsonl").read_bytes(), headers)
+
+    with copy_of_trained(*MATCHER, *LORA[1:]) as d, socket.socket() as free, server(answer) as (url, asked):
+        sources = {name: [(f"{url}/{name}", None)] for name in ("my.jsonl", "theirs", "yours")}
+        both = [f"sys.argv[1:] = {flags_of(name, ['--data', its])!r}\ndata.run({name}.main)\n"
+                for name, its in (("train_matcher", "yours"), ("train_lora", "theirs"))]
+        (d / "both.py").write_text(f"import sys, data, train_lora, train_matcher\ndata.SOURCES |= {sources}\n"
+                                   + "".join(both))
         free.bind(("127.0.0.1", 0))
         port = f"--master_port={free.getsockname()[1]}"
         free.close()
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port]
         status, _, err = process(*torchrun, "--master_addr=127.0.0.1", "both.py", cwd=d)
         assert status == 0, err
+        assert sorted(path for path, _ in asked) == ["/my.jsonl", "/theirs", "/yours"]
         for log, *keys in (("lora", "loss", "held_out"), ("matcher", "reward", "calls", "held_out")):
             one, two = (lines_of(x / f"out/log_{log}.jsonl") for x in (trained(), d))
             for key in keys:
@@ -2680,7 +2689,6 @@ def test_eval_only_asks_what_the_matcher_was_not_trained_on_whatever_the_file_is
         works("train_matcher", "--eval_only", "--data", d / "my.jsonl", cwd=d)
         assert results(d)["metrics"] == first
         (d / "my.jsonl").rename(d / "other.jsonl")
-        works("train_lora", "--resume", "--data", "other.jsonl", cwd=d)
         settings = d / "out/lora/adapter_config.json"
         config = data.read_json(settings)
         config["pillow"]["data"] = "other.jsonl"

@@ -332,6 +332,7 @@ def main():
     kind = "full" if args.full else "lora"
     folder, path = args.out / kind, args.out / f"last_{kind}.safetensors"
     device, dtype = setup(args)
+    ddp.first(lambda: data.fetch_examples(args.data))
     examples = data.load_examples(args.data)  # a mistake in the data is found before a model is downloaded
     ddp.first(lambda: data.resolve_model(args.model))
     model, enc = GPT.from_pretrained(args.model, dtype, device), data.load_tokenizer(args.model)

@@ -422,12 +422,11 @@ def load(args, p, ddp):
         args.pool = args.out / "matcher" / "pool.json"  # the file it was may be gone
     folder = Path(args.lora or args.out / "lora")
     adapter = read_adapter(folder, args.out)
-    trained_on = data.load_examples(adapter["data"], f"{folder} was trained on")
-    same = made_with.get("rows", adapter["rows"]) == adapter["rows"]  # whatever its file was called
-    args.data = args.data or (adapter["data"] if same else made_with["data"])
+    then = made_with.get("rows", adapter["rows"])  # those that the matcher was trained on, however called
+    args.data = args.data or (adapter["data"] if then == adapter["rows"] else made_with["data"])
     other = args.data != adapter["data"]
-    if other:
-        ddp.first(lambda: data.load_examples(args.data))  # one process fetches it for all
+    ddp.first(lambda: [data.fetch_examples(name) for name in (adapter["data"], args.data)])
+    trained_on = data.load_examples(adapter["data"], f"{folder} was trained on")
     examples = data.load_examples(args.data) if other else trained_on
     own_pool = data.load_examples(args.pool, "--pool") if args.pool else None
     settle(args, p, made_with, adapter, examples, own_pool or examples)
@@ -447,7 +446,7 @@ def load(args, p, ddp):
     if other:
         kept = data.keep_short(enc, examples, adapter["max_tokens"], args.data)
     rows = data.digest_rows(kept)
-    if made_with and rows != made_with.get("rows", adapter["rows"]):
+    if made_with and rows != then:
         raise UserError(f"{args.data}: not the rows that {args.out / 'matcher'} was trained on, so some of "
                         "those would be test questions now; train it again")
     if rows != adapter["rows"]:  # other questions, not the same under another name

@@ -36,6 +36,12 @@ def race(what, unit, amount, mine, peer):
     print(f"{what:58s}{rates} {unit:10s} {middle:5.2f} x [{low:.2f} .. {high:.2f}]", flush=True)
 
 
+def by_length(prompts, batch):
+    """Lists of at most `batch` indices, of prompts of like length: a peer pads little, too."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    return [order[s : s + batch] for s in range(0, len(order), batch)]
+
+
 class Bench:
     """Ours against transformers + PEFT: the same weights, dtype, threads and inputs."""
 
@@ -117,8 +123,8 @@ class Bench:
             return mine.generate(list(rest), 16, eos_ids=(), prefixes=first, prefix_cache=cache)
 
         def theirs(batch):
-            out, order = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-            for rows in (order[s : s + batch] for s in range(0, len(order), batch)):
+            out = [None] * len(prompts)
+            for rows in by_length(prompts, batch):
                 x, mask = padded_left([prompts[i] for i in rows])
                 y = peer.generate(input_ids=x, attention_mask=mask, do_sample=False, max_new_tokens=16,
                                   min_new_tokens=16, pad_token_id=0, eos_token_id=None)
@@ -135,8 +141,7 @@ class Bench:
 
         @torch.inference_mode()
         def theirs():
-            order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-            for rows in (order[s : s + 32] for s in range(0, len(order), 32)):
+            for rows in by_length(texts, 32):
                 x, lengths = model.pad([texts[i] for i in rows])
                 mask = torch.arange(x.shape[1]) < lengths[:, None]
                 h = peer.base_model(input_ids=x, attention_mask=mask.long()).last_hidden_state.float()

@@ -82,8 +82,8 @@ def train(out, args):
     run("train_matcher.py", f"{common} {matcher}")
     if args.row == "new_labels":  # the LoRA knows none of these; the matcher learns from questions about them
         parts = data.split(rows, args.seed)
-        known = {e["group"] for e in parts["lora_train"] + parts["lora_val"]}
-        data.write_json(out / "new.json", [e | {"group": None} for e in rows if e["group"] not in known])
+        new = train_matcher.unknown(rows, parts["lora_train"] + parts["lora_val"])
+        data.write_json(out / "new.json", [e | {"group": None} for e in new])
         o = out.as_posix()
         run("train_matcher.py", f"{common} {matcher} --out {o}/taught --lora {o}/lora --data {o}/new.json")
 
