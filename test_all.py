@@ -2984,7 +2984,7 @@ def test_files_that_do_not_belong_together_are_refused():
         assert "pool_rows" in complaint("train_matcher", "--pool", "mine.jsonl", "--resume", cwd=d)
         shutil.copytree(whole, d / "out", dirs_exist_ok=True)
         data.write_lines(d / "my.jsonl", notes(61))
-        assert "no longer the rows" in complaint("train_matcher", cwd=d)
+        assert "not the rows that" in complaint("train_matcher", cwd=d)
         data.write_lines(d / "my.jsonl", notes(60))
         works("train_lora", "--alpha", 3, cwd=d)
         assert "train_matcher.py" in complaint("sample", "--prompt", "a", cwd=d)

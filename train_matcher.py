@@ -143,7 +143,9 @@ def begin(task, matcher, args):
     matcher.standardise(task.h_pool("train"))
     h, encoded = task.h["train"][:256], matcher.encode(task.h_pool("train"))
     allowed = matcher.narrow(h, encoded, task.allowed("train", range(len(h))))
-    if args.stop_prior is None:  # start as the threshold selector
+    # *stop* starts as the tuned threshold (None, on free text), with a probability that was asked for, or
+    # (0, on short answers) hardly ever
+    if args.stop_prior is None:
         matcher.stop_below(threshold_on_training(task, matcher))
     matcher.sharpen(h, encoded, allowed)
     if args.stop_prior:
@@ -406,13 +408,6 @@ def load_sft(folder, model, adapter, dtype, device):
     return sft
 
 
-def unknown(examples, known):
-    """The examples whose question, and whose group, is none of those of `known`."""
-    asked, groups = {data.question_key(e) for e in known}, {str(e["group"]) for e in known if "group" in e}
-    return [e for e in examples
-            if data.question_key(e) not in asked and ("group" not in e or str(e["group"]) not in groups)]
-
-
 def load(args, p, ddp):
     """-> (task, settings of the run, the SFT model or None, what else results.json says)."""
     made_with = matching.load(args.out / "matcher")[1] if args.eval_only else {}
@@ -424,10 +419,9 @@ def load(args, p, ddp):
     adapter = read_adapter(folder, args.out)
     then = made_with.get("rows", adapter["rows"])  # those that the matcher was trained on, however called
     args.data = args.data or (adapter["data"] if then == adapter["rows"] else made_with["data"])
-    other = args.data != adapter["data"]
     ddp.first(lambda: [data.fetch_examples(name) for name in (adapter["data"], args.data)])
     trained_on = data.load_examples(adapter["data"], f"{folder} was trained on")
-    examples = data.load_examples(args.data) if other else trained_on
+    examples = trained_on if args.data == adapter["data"] else data.load_examples(args.data)
     own_pool = data.load_examples(args.pool, "--pool") if args.pool else None
     settle(args, p, made_with, adapter, examples, own_pool or examples)
     device, dtype = setup(args)
@@ -436,21 +430,11 @@ def load(args, p, ddp):
     if adapter["fingerprint"] != model.fingerprint:
         raise UserError(f"{folder}: made for {adapter['model']}, whose weights are not those of {args.model} "
                         "here, or by another version; train it again")
-    kept = data.keep_short(enc, trained_on, adapter["max_tokens"], adapter["data"])
-    if adapter["rows"] != data.digest_rows(kept):
-        raise UserError(f"{adapter['data']}: no longer the rows that {folder} was trained on, so some of "
-                        "those would be test questions now; train it again")
+    parts, kept = divide(args, enc, trained_on, examples, adapter, folder)
+    if made_with:
+        same_rows(kept, then, args.data, args.out / "matcher")
     sft = load_sft(args.sft, model, adapter, dtype, device) if args.sft else None
 
-    parts = data.split(kept, adapter["seed"])
-    if other:
-        kept = data.keep_short(enc, examples, adapter["max_tokens"], args.data)
-    rows = data.digest_rows(kept)
-    if made_with and rows != then:
-        raise UserError(f"{args.data}: not the rows that {args.out / 'matcher'} was trained on, so some of "
-                        "those would be test questions now; train it again")
-    if rows != adapter["rows"]:  # other questions, not the same under another name
-        parts = data.split(unknown(kept, parts["lora_train"] + parts["lora_val"]), adapter["seed"])
     questions = {"train": parts["matcher_train"][: args.n_train], "val": parts["val"][: args.n_val],
                  "test": parts["test"][: args.n_test]}
     pool = own_pool or parts["pool"]
@@ -463,25 +447,57 @@ def load(args, p, ddp):
     digest = lora.digest(folder)
     h = matching.cached_features(model, enc, pool + every, "pool and questions", digest)
     h = dict(zip(["pool", *questions], h.split([len(pool), *map(len, questions.values())])))
-    name = f"{model.fingerprint} {digest} {dtype}"
-    env = rl.Environment(model, enc, pool, args.max_new_tokens, name, args.memo,
-                         cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
+    env = rl.Environment(model, enc, pool, args.max_new_tokens, f"{model.fingerprint} {digest} {dtype}",
+                         args.memo, cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
     for question in every:
         env.prompt(question, [], args.max_new_tokens)  # one that is too long is found now
-
-    places = ("resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in places}
-    settings |= {"rows": rows, "lora_seed": adapter["seed"], "dtype": str(dtype),
+    counts = {"read": len(examples), "kept": len(kept), "max_tokens": adapter["max_tokens"]}
+    made_from = {"rows": data.digest_rows(kept), "lora_seed": adapter["seed"], "dtype": str(dtype),
                  "fingerprint": model.fingerprint, "adapter": digest, "template": data.TEMPLATE_VERSION,
                  "pool_size": len(pool), "pool_rows": data.digest_rows(pool)}
-    if made_with and (made_with["fingerprint"], made_with["adapter"]) != (model.fingerprint, digest):
+    settings, about = describe(args, made_from, made_with, counts)
+    return Task(pool, questions, h, n, env, args.reward, args.shots), settings, sft, about
+
+
+def divide(args, enc, trained_on, examples, adapter, folder):
+    """Split the LoRA's data as it was split for it, or --data, less what the LoRA was trained on.
+
+    -> (parts, the examples that were short enough)."""
+    kept = data.keep_short(enc, trained_on, adapter["max_tokens"], adapter["data"])
+    same_rows(kept, adapter["rows"], adapter["data"], folder)
+    parts = data.split(kept, adapter["seed"])
+    if examples is not trained_on:
+        kept = data.keep_short(enc, examples, adapter["max_tokens"], args.data)
+    if data.digest_rows(kept) != adapter["rows"]:  # other questions, not the same under another name
+        parts = data.split(unknown(kept, parts["lora_train"] + parts["lora_val"]), adapter["seed"])
+    return parts, kept
+
+
+def same_rows(examples, rows, name, who):
+    if data.digest_rows(examples) != rows:
+        raise UserError(f"{name}: not the rows that {who} was trained on, so some of those would be test "
+                        "questions now; train it again")
+
+
+def unknown(examples, known):
+    """The examples whose question, and whose group, is none of those of `known`."""
+    asked, groups = {data.question_key(e) for e in known}, {str(e["group"]) for e in known if "group" in e}
+    return [e for e in examples
+            if data.question_key(e) not in asked and ("group" not in e or str(e["group"]) not in groups)]
+
+
+def describe(args, made_from, made_with, examples):
+    """-> (settings that are kept beside the matcher, what else results.json says)."""
+    places = ("resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in places}
+    settings |= made_from
+    if made_with and any(made_with[k] != made_from[k] for k in ("fingerprint", "adapter")):
         raise UserError(f"{args.out / 'matcher'}: trained with another model or adapter; train it again")
-    about = {k: settings[k] for k in ("model", "data", "shots", "seed", "dtype")}
-    about["examples"] = {"read": len(examples), "kept": len(kept), "max_tokens": adapter["max_tokens"]}
+    about = {k: settings[k] for k in ("model", "data", "shots", "seed", "dtype")} | {"examples": examples}
     if made_with:  # what was trained stays as it was, what is compared now is new
         compared = "shots reward pool pool_size pool_rows max_new_tokens seed n_test n_answers oracle".split()
         settings = settings | made_with | {k: settings[k] for k in compared}
-    return Task(pool, questions, h, n, env, args.reward, args.shots), settings, sft, about
+    return settings, about
 
 
 def resume(path, task, matcher, optimizer, settings):
