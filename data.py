@@ -315,7 +315,7 @@ def split_groups(rows, rng):
     rng.shuffle(names)
     ends = {"lora_train": 0.45, "lora_val": 0.5, "matcher_train": 0.7, "val": 0.8, "test": 1}
     for part, share in ends.items():
-        end, parts[part] = round(len(names) * share), []
+        end, parts[part] = max(start + 1, round(len(names) * share)), []  # of 13, both .45 and .5 are 6
         for members in (groups[name] for name in names[start:end]):
             n = 0 if part.startswith("lora") else min(math.ceil(len(members) / 3), len(members) - 1)
             pool += members[:n]

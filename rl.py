@@ -106,7 +106,7 @@ class Environment:
         self.names = [data.digest(e) for e in pool]
         self.memo_path = memo_path
         self.memo = read_memo(Path(memo_path)) if memo_path else {}  # {key: [answer, cut?] or log-likelihood}
-        self.asked, self.dropped = set(), 0
+        self.asked = set()
 
     def score(self, weights, questions, picks, progress=None):
         """R = sum of weight * score over `weights`, of each question after its picks: (N,) float64 array."""
@@ -147,8 +147,7 @@ class Environment:
             return []
         references = [data.encode_answer(self.enc, q) for q in questions] if kind == "logprob" else None
         room = [len(r) for r in references] if references else [self.max_new_tokens] * len(questions)
-        first, ids, dropped = zip(*map(self.prompt, questions, picks, room))
-        self.dropped += sum(dropped)
+        first, ids, _ = zip(*map(self.prompt, questions, picks, room))
         behind = {"prefixes": first, "prefix_cache": self.prefix_cache}
         if kind == "answer":
             answers = self.model.generate(list(ids), self.max_new_tokens, eos_ids=self.enc.end_ids, **behind)
@@ -232,19 +231,19 @@ def best_fixed(env, weights, questions, allowed, seed, tried=16):
     return left + beaten
 
 
-def collapse_figures(picks, n):
-    """Has the policy collapsed onto a few of n exemplars? picks: a list of pool indices per question.
+def collapse_figures(picks):
+    """Has the policy collapsed onto a few exemplars? picks: a list of pool indices per question.
 
     distinct: exemplars used; top_pair: share of questions that got one of the two most used; none: share
     without any."""
-    used = np.bincount(np.array([j for row in picks for j in row], dtype=int), minlength=max(n, 2))
+    used = np.bincount(np.array([j for row in picks for j in row], dtype=int))
     top = set(np.argsort(-used)[:2].tolist())
     return {"distinct": int((used > 0).sum()),
             "top_pair": float(np.mean([bool(top & set(row)) for row in picks])),
             "none": float(np.mean([not row for row in picks]))}
 
 
-def bootstrap(difference, groups=None, seed=0, resamples=10_000):
+def bootstrap(difference, groups=None):
     """Mean of paired differences (N,) with its 95 % percentile bootstrap interval (Efron 1979): [mean, low,
     high].
 
@@ -253,8 +252,8 @@ def bootstrap(difference, groups=None, seed=0, resamples=10_000):
     d = np.asarray(difference, dtype=np.float64)
     group = np.arange(len(d)) if groups is None else np.unique(groups, return_inverse=True)[1]
     total, count = np.bincount(group, d), np.bincount(group)
-    rng, means = np.random.default_rng(seed), []
-    for _ in range(resamples // 1000):
+    rng, means = np.random.default_rng(0), []
+    for _ in range(10):  # 10,000 resamples, in parts of less memory
         draws = rng.integers(0, len(total), (1000, len(total)))
         means.append(total[draws].sum(1) / count[draws].sum(1))
     return [float(d.mean()), *np.percentile(np.concatenate(means), [2.5, 97.5]).tolist()]

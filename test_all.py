@@ -629,7 +629,7 @@ def test_exemplars_that_do_not_fit_are_dropped_the_last_chosen_first():
         whole = sum(fronts[:fit], []) + ids
         assert (first, rest) == ((0, whole[one:]) if fit else (None, ids))
         assert len(env.outcomes("answer", QUESTIONS[:1], [[0, 1, 2]])) == 1  # and the model takes it
-        assert env.dropped == dropped == 3 - fit
+        assert dropped == 3 - fit
     message = refused(environment(tiny(max_position_embeddings=len(ids) + 11)).prompt, QUESTIONS[0], [], 12)
     assert f"{len(ids)} tokens" in message and "context" in message
 
@@ -677,7 +677,7 @@ def reinforce(tower, h_pool, h, pays, steps=1, picks=None, K=2, optimizer=None, 
     optimizer = optimizer or torch.optim.SGD(tower.parameters(), 0.0)
     lr = optimizer.param_groups[0]["lr"]
     args = types.SimpleNamespace(steps=steps, seed=0, batch_size=len(h), rollouts=K, lr=lr, eval_every=10**9)
-    progress, bonus = train_matcher.Progress(), rl.entropy_floor
+    progress, bonus = train_matcher.Progress(0, -math.inf, []), rl.entropy_floor
     sample = tower.sample if picks is None else lambda *_: torch.tensor(picks)
     with patched(rl, "entropy_floor", lambda e: bonus(e, floor, 1.0)), patched(tower, "sample", sample), \
             patched(signal, "signal"):  # Ctrl-C still ends the tests
@@ -769,8 +769,8 @@ def test_a_gradient_that_is_not_finite_leaves_the_matcher_as_it_was():
 def test_collapse_figures_by_hand():
     """Exemplar 2 is used four times, 0 twice, 4 once: five of seven questions got 2 or 0, one none."""
     picks = [[2], [2, 0], [2], [0], [4], [], [2]]
-    assert rl.collapse_figures(picks, 6) == {"distinct": 3, "top_pair": 5 / 7, "none": 1 / 7}
-    assert rl.collapse_figures([[], []], 6) == {"distinct": 0, "top_pair": 0, "none": 1}
+    assert rl.collapse_figures(picks) == {"distinct": 3, "top_pair": 5 / 7, "none": 1 / 7}
+    assert rl.collapse_figures([[], []]) == {"distinct": 0, "top_pair": 0, "none": 1}
 
 
 def test_the_bootstrap_agrees_with_the_normal_approximation_and_resamples_whole_groups():
@@ -1215,10 +1215,12 @@ def test_groups_are_split_whole_and_their_first_third_joins_the_pool_stage_by_st
     def grouped(groups, rows):
         return [PLAIN | {"input": f"{n} of {g}", "group": g} for g in range(groups) for n in range(rows)]
 
-    for examples, shown, size in ((data.styles(), 8, 24), (grouped(20, 4), 2, 4), (grouped(10, 2), 1, 2)):
+    cases = (data.styles(), 8, 24), (grouped(20, 4), 2, 4), (grouped(13, 2), 1, 2), (grouped(10, 2), 1, 2)
+    for examples, shown, size in cases:
         parts, members = data.split(examples, 0), set()
         groups, pool = {part: {e["group"] for e in parts[part]} for part in PARTS}, parts["pool"]
         assert sum(map(len, groups.values())) == len(set.union(*groups.values())) == len(examples) // size
+        assert all(groups.values())  # no part is left empty
         for stage, part in (("train", "matcher_train"), ("val", "val"), ("test", "test")):
             members |= groups[part]
             seen = pool[: parts["pool_sizes"][stage]]
@@ -2427,7 +2429,7 @@ def test_results_json_and_the_logs_say_what_the_readme_promises():
         mean, low, high = r["paired"][f"{a}-{b}"]
         assert low <= mean <= high and abs(mean - (head[a] - head[b])) < 1e-9
     gap = (head["pillow"] - head["none"]) / (head["oracle"] - head["none"])
-    assert abs(r["gap_closed"] - gap) < 1e-9 and r["cut_answers"] >= 0
+    assert abs(r["gap_closed"] - gap) < 1e-9 and r["cut_answers"] >= 0 == r["dropped_exemplars"]
     assert r["llm_calls"] == lines_of(d / "out/log_matcher.jsonl")[-1]["calls"] > 0
     assert -1 <= r["threshold"] <= 1 and r["swapped_pool"] == {}  # only a pool that grows can be swapped
     assert r["seconds"]["all"] > 0 and r["peak_memory_mb"] != 0 and r["examples"]["kept"] == 60
@@ -2759,6 +2761,22 @@ def test_a_fresh_run_that_is_killed_early_never_goes_on_from_an_earlier_run():
             assert script("train_matcher", *FLAGS["train_matcher"].split(), cwd=d)[0] != 0
         assert "resumed at step 0" in works("train_matcher", "--resume", cwd=d)
         assert made(d) == before
+
+
+def test_a_run_that_is_killed_between_its_log_and_its_last_checkpoint_ends_with_both():
+    for name, without, logs in (("train_lora", LORA + MATCHER, 2), ("train_matcher", MATCHER, 3)):
+        calls, write_lines = itertools.count(1), data.write_lines
+
+        def killed(path, rows, calls=calls, logs=logs, write_lines=write_lines):
+            if next(calls) == logs:
+                raise KeyboardInterrupt
+            write_lines(path, rows)
+
+        with copy_of_trained(*without) as d:
+            with patched(data, "write_lines", killed):
+                assert script(name, *flags_of(name, []), cwd=d)[0] == 130
+            works(name, "--resume", cwd=d)
+            assert {k: v for k, v in made(trained()).items() if k in made(d)} == made(d)
 
 
 def test_the_commands_behind_the_results_are_ones_that_the_scripts_take():

@@ -17,7 +17,7 @@ end, for all selectors together.
 
 import copy
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +66,9 @@ class Task:
 class Progress:
     """What a resumed run goes on from, besides the weights."""
 
-    step: int = 0
-    best: float = -float("inf")
-    log: list = field(default_factory=list)
+    step: int
+    best: float
+    log: list
 
 
 # ---- the loop --------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def reinforce(task, matcher, optimizer, rng, batch_size, rollouts):
             # the share of questions whose rollouts all earned the same
             "no_signal": (rewards == rewards[:, :1]).all(1).double().mean().item(),
             "entropy": entropy.mean().item(), "grad_norm": grad_norm.item(), "calls": len(task.env.asked),
-            **rl.collapse_figures(chosen, task.pool_sizes["train"])}
+            **rl.collapse_figures(chosen)}
 
 
 def decay(optimizer, lr, done):
@@ -162,7 +162,7 @@ def begin(task, matcher, args):
         else:
             held_out, figures = rehearsed, new
     row = {"step": 0, "held_out": held_out, "held_out_figures": figures, "calls": len(task.env.asked)}
-    return Progress(best=held_out, log=[row])
+    return Progress(0, held_out, [row])
 
 
 def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
@@ -182,7 +182,7 @@ def validate(task, matcher):
     h, h_pool, allowed = task.h["val"], task.h_pool("val"), task.allowed("val")
     picks = matching.select_likeliest(matcher, h, h_pool, allowed, task.shots)
     reward = task.env.score(task.reward, task.questions["val"], picks, "validation").mean()
-    return float(reward), rl.collapse_figures(picks, task.pool_sizes["val"])
+    return float(reward), rl.collapse_figures(picks)
 
 
 # ---- the comparison, on questions never seen ---------------------------------------------------------
@@ -229,7 +229,7 @@ def oracle(task, matcher, chosen, best, tried):
     return [some[int(np.argmax(score[end - len(some) : end]))] for some, end in zip(tries, ends)]
 
 
-def compare(task, matcher, threshold, args, sft=None):
+def compare(task, matcher, threshold, args, sft):
     """-> ({selector: {metric: (N,) array}}, {selector: picks})."""
     test, logprob = task.questions["test"], "logprob" in task.reward
     answered = min(args.n_answers, len(test)) if task.headline == "logprob" else len(test)
@@ -285,8 +285,10 @@ def summarise(task, scores, chosen):
     return {"n_test": len(test), "n_answers": len(scores["none"]["exact"]), "headline": task.headline,
             "metrics": mean, "paired": paired[task.headline], "paired_by_metric": paired,
             "gap_closed": (pillow - none) / (best - none) if best > none else None,
-            "collapse": rl.collapse_figures(chosen["pillow"], len(task.pool)), "n_pool": len(task.pool),
-            "n_matcher_train": len(task.questions["train"]), "dropped_exemplars": task.env.dropped,
+            "collapse": rl.collapse_figures(chosen["pillow"]), "n_pool": len(task.pool),
+            "n_matcher_train": len(task.questions["train"]),
+            "dropped_exemplars": sum(task.env.prompt(q, picks, task.env.max_new_tokens)[2]
+                                     for q, picks in zip(test, chosen["pillow"])),
             "cut_answers": sum(cut for _, cut in answers),
             "empty_answers": sum(not text for text, _ in answers),
             "empty_references": sum(not e["output"] for e in test)}
@@ -395,8 +397,9 @@ def read_adapter(folder, out):
     raise UserError(f"{folder}: made by another program; train one with train_lora.py")
 
 
-def load_sft(folder, model, adapter, dtype, device):
+def load_sft(folder, model, adapter, dtype, device, ddp):
     """The fully tuned model, if it is of the same shape, tokenizer and split."""
+    ddp.first(lambda: data.resolve_model(folder))
     sft = GPT.from_pretrained(folder, dtype, device)
     tokenizers = {data.digest_file(x.folder / "tokenizer.json") for x in (sft, model)}
     if sft.config != model.config or len(tokenizers) > 1:
@@ -419,7 +422,7 @@ def load(args, p, ddp):
     adapter = read_adapter(folder, args.out)
     then = made_with.get("rows", adapter["rows"])  # those that the matcher was trained on, however called
     args.data = args.data or (adapter["data"] if then == adapter["rows"] else made_with["data"])
-    ddp.first(lambda: [data.fetch_examples(name) for name in (adapter["data"], args.data)])
+    ddp.first(lambda: [data.fetch_examples(name) for name in (adapter["data"], args.data, args.pool)])
     trained_on = data.load_examples(adapter["data"], f"{folder} was trained on")
     examples = trained_on if args.data == adapter["data"] else data.load_examples(args.data)
     own_pool = data.load_examples(args.pool, "--pool") if args.pool else None
@@ -433,7 +436,7 @@ def load(args, p, ddp):
     parts, kept = divide(args, enc, trained_on, examples, adapter, folder)
     if made_with:
         same_rows(kept, then, args.data, args.out / "matcher")
-    sft = load_sft(args.sft, model, adapter, dtype, device) if args.sft else None
+    sft = load_sft(args.sft, model, adapter, dtype, device, ddp) if args.sft else None
 
     questions = {"train": parts["matcher_train"][: args.n_train], "val": parts["val"][: args.n_val],
                  "test": parts["test"][: args.n_test]}
@@ -522,8 +525,9 @@ def save_checkpoint(path, task, matcher, optimizer, progress, settings):
     for k, p in matcher.named_parameters():
         tensors |= {f"{k}.{s}": t for s, t in optimizer.state.get(p, {}).items() if s != "step"}
     memo = {k: task.env.memo[k] for k in sorted(task.env.asked)}  # what else a --memo knows, it keeps
-    data.write_checkpoint(path, tensors, {"progress": vars(progress), "memo": memo, "settings": settings})
+    # the log first: after a kill between the two, the run that goes on writes it again
     data.write_lines(path.with_name("log_matcher.jsonl"), progress.log)
+    data.write_checkpoint(path, tensors, {"progress": vars(progress), "memo": memo, "settings": settings})
 
 
 def train_and_save(task, args, settings):
