@@ -50,8 +50,7 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if self.original is not None:
             return y
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+        x = F.dropout(x, self.dropout, self.training)
         low = F.linear(x, self.lora_A.to(x.dtype))  # (N, r)
         return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scale)  # one pass over the wide y
 

@@ -282,7 +282,7 @@ class BM25:
     def __init__(self, documents, k1=1.5, b=0.75):
         counts = [Counter(self.words(d)) for d in documents]
         length = np.array([c.total() for c in counts], dtype=np.float64)
-        norm = k1 * (1 - b + b * length / max(length.mean(), 1e-9))
+        norm = k1 * (1 - b + b * length / length.mean())
         self.n, found = len(documents), {}
         for i, c in enumerate(counts):
             for w, f in c.items():

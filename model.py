@@ -41,16 +41,16 @@ from data import UserError, read_json, read_safetensors
 class Config:
     """The shape of a decoder. `read_config` reads it from a Hugging Face `config.json`."""
 
-    family: str = "llama"  # "llama" or "gpt2"
-    vocab_size: int = 256  # V
-    n_layer: int = 2  # L
-    n_head: int = 4  # H
-    n_kv_head: int = 2  # KV: each serves H / KV query heads
-    n_embd: int = 64  # C
-    head_dim: int = 16  # D
-    n_ff: int = 128
-    n_ctx: int = 512  # the longest text
-    norm_eps: float = 1e-5
+    family: str  # "llama" or "gpt2"
+    vocab_size: int  # V
+    n_layer: int  # L
+    n_head: int  # H
+    n_kv_head: int  # KV: each serves H / KV query heads
+    n_embd: int  # C
+    head_dim: int  # D
+    n_ff: int
+    n_ctx: int  # the longest text
+    norm_eps: float
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3's, or None
     gelu: str = "tanh"  # GPT-2's gelu_new is this approximation, 4.7e-4 away from the exact one, "none"
@@ -135,7 +135,7 @@ class Batch:
     B: int
     T: int
     real: torch.Tensor | None  # (N,): where the real tokens stand in the flat (B T,); None: all are real
-    cache: object = None  # a KVCache, or None
+    cache: object  # a KVCache, or None
     rope: tuple | None = None
 
     def spread(self, x):
@@ -214,7 +214,7 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         """Shapes only: no time or memory is spent on values, which from_pretrained brings."""
         super().__init__()
-        self.config, self.folder, self.fingerprint = cfg, None, ""  # the last two: see `load`
+        self.config = cfg
         # nn.Embedding itself draws values, for which it imports a second's worth of PyTorch
         table = functools.partial(nn.Embedding.from_pretrained, freeze=False)
         with torch.device("meta"):
@@ -439,18 +439,18 @@ class PrefixCache:
 
     They are computed in fixed groups of `block`, never in the order of asking: rounding depends on
     what shares a batch, and an interrupted run must end bit for bit like a whole one. A group has at
-    most `tokens`, padding included, so that one book among short exemplars is worked out alone. Beyond
+    most 8,192 tokens, padding included, so that one book among short exemplars is worked out alone. Beyond
     `max_bytes` the least recently used are forgotten.
     """
 
-    def __init__(self, model, entries, block=16, tokens=8192, max_bytes=1 << 30):
+    def __init__(self, model, entries, block=16, max_bytes=1 << 30):
         self.model, self.entries, self.max_bytes = model, entries, max_bytes
         self.kv, self.bytes = {}, 0
         self.blocks, rows = {}, []  # {index: its group}
         for i in sorted(range(len(entries)), key=lambda i: len(entries[i])):  # like lengths together
             if len(entries[i]) > model.config.n_ctx:
                 break  # this and all longer ones can stand in front of nothing
-            if len(rows) == block or (len(rows) + 1) * len(entries[i]) > tokens:
+            if len(rows) == block or (len(rows) + 1) * len(entries[i]) > 8192:
                 rows = []
             rows.append(i)
             self.blocks[i] = rows

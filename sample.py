@@ -65,11 +65,6 @@ class Chooser:
             "none": lambda: [[]]}
         return others[select]()[0], None
 
-    def likeness(self, question, h):
-        """Similarity of the nearest exemplar."""
-        near, _ = self.choose("knn", question, h)
-        return matching.similarity(self.matcher.z(h), self.encoded.z, [near]).item()
-
     def explain(self, question, h, k=5):
         """The policy's first step: the k likeliest exemplars, their similarity and rank as neighbours."""
         z, z_pool = self.matcher.z(h), self.encoded.z
@@ -112,7 +107,7 @@ def answer(env, question, picks, chances, args):
         shown = text
 
     print("> ", end="", flush=True)
-    env.model.generate([ids], args.max_new_tokens, args.temperature, env.enc.end_ids, args.top_k or None,
+    env.model.generate([ids], args.max_new_tokens, args.temperature, env.enc.end_ids, args.top_k,
                        seed=args.seed, prefixes=[first], prefix_cache=env.prefix_cache, on_token=show)
     print(flush=True)
 
@@ -129,7 +124,8 @@ def ask(env, chooser, question, args):
         if select == "pillow" and args.explain:
             chooser.explain(question, h)
         if select == "pillow" and picks:
-            likeness = chooser.likeness(question, h)
+            near, _ = chooser.choose("knn", question, h)
+            likeness = matching.similarity(chooser.matcher.z(h), chooser.encoded.z, [near]).item()
             if likeness < chooser.threshold:
                 print(f"(the nearest exemplar's similarity is {likeness:.2f}; on training questions "
                       f"exemplars helped above {chooser.threshold:.2f})")

@@ -99,7 +99,7 @@ def learning_rate(step, steps, peak, warmup):
     warm = max(1, round(warmup * steps))
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / (steps - warm))))
 
 
 @torch.inference_mode()
@@ -150,8 +150,7 @@ def train(run, texts, args, ddp, save_best, checkpoint):
         mine = slice(ddp.rank, None, ddp.world)  # each process takes its share of the batch
         batch = texts.batch(rows[mine], fronts[mine], model.device)
         loss = model.loss(*batch) / n
-        for p in run.trainable:
-            p.grad = None
+        model.zero_grad()
         loss.backward()
         ddp.sum_gradients(run.trainable)
         for p, master in zip(run.trainable, run.masters):
@@ -178,13 +177,12 @@ def train(run, texts, args, ddp, save_best, checkpoint):
             row["held_out"] = held_out_loss(model, texts, ddp)
             if not math.isfinite(row["held_out"]):  # a checkpoint of this step would lead nowhere
                 raise UserError(f"step {step + 1}: held-out loss {row['held_out']}; try a smaller --lr")
-            better = row["held_out"] < run.best
-            if better:
+            if better := row["held_out"] < run.best:
                 run.best = row["held_out"]
                 save_best()
             checkpoint()
-            saved = "  (best: saved)" if better else ""
-            bar.write(f"step {step + 1:4d}  loss {loss:.3f}  held-out {row['held_out']:.3f}{saved}")
+            bar.write(f"step {step + 1:4d}  loss {loss:.3f}  held-out {row['held_out']:.3f}"
+                      f"{'  (best: saved)' if better else ''}")
         if ddp.sum([interrupt.requested])[0] and step + 1 < args.steps:  # asked once: it may change any time
             checkpoint()
             raise UserError(f"stopped after step {step + 1}, which is saved; go on with --resume")
@@ -300,8 +298,7 @@ def save_checkpoint(path, run, settings):
     for i, master in enumerate(run.masters):
         s = run.optimizer.state[master]
         tensors |= {f"{i}.weight": master.detach(), f"{i}.m": s["exp_avg"], f"{i}.v": s["exp_avg_sq"]}
-    best = run.best if math.isfinite(run.best) else None
-    state = {"step": run.step, "best": best, "log": run.log, "settings": settings}
+    state = {"step": run.step, "best": run.best, "log": run.log, "settings": settings}
     # the log first: after a kill between the two, the run that goes on writes it again
     data.write_lines(path.with_name(path.name.replace("last_", "log_")).with_suffix(".jsonl"), run.log)
     data.write_checkpoint(path, tensors, state)
@@ -313,8 +310,7 @@ def resume(path, run, settings):
     tensors, state = saved
     with data.fitting(path), torch.no_grad():
         data.same_settings(settings, state["settings"], path)
-        run.step, run.log = int(state["step"]), list(state["log"])
-        run.best = math.inf if state["best"] is None else float(state["best"])
+        run.step, run.best, run.log = (state[key] for key in ("step", "best", "log"))
         for i, (p, master) in enumerate(zip(run.trainable, run.masters)):
             weight, m, v = (tensors[f"{i}.{k}"].view_as(master).to(p.device) for k in ("weight", "m", "v"))
             master.copy_(weight)

@@ -7,7 +7,6 @@ Ours against transformers + PEFT on the same weights, dtype, threads and inputs:
 import os
 import random
 import types
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,12 +52,12 @@ class Bench:
         self.transformers.logging.set_verbosity_error()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
         self.dtype = model.setup(types.SimpleNamespace(threads=0, device="cpu", dtype="auto"))[1]
-        self.folder, self.enc = Path(data.resolve_model(name)), data.load_tokenizer(name)
+        self.folder, self.enc = data.resolve_model(name), data.load_tokenizer(name)
         print(f"{name}, {self.dtype}, {torch.get_num_threads()} threads\n{'':58s} {'ours':>9s} {'peer':>9s}")
 
     def models(self, dtype):
         load = self.transformers.AutoModelForCausalLM.from_pretrained
-        return model.GPT.from_pretrained(str(self.folder), dtype), load(self.folder, dtype=dtype).eval()
+        return model.GPT.from_pretrained(self.folder, dtype), load(self.folder, dtype=dtype).eval()
 
     def lora(self, B=16, T=96, A=16):
         """Steps on texts of T tokens, the last A of them the answer; then on train_lora.py's own batches."""

@@ -96,10 +96,10 @@ def probe(out, n=400, k=8):
         sys.argv += ["--pool", str(out / "pool.json")]
     flags, p = train_matcher.read_flags()
     task, *_ = train_matcher.load(flags, p, data.Processes())
-    questions, h_pool, pool = task.questions["train"][:n], task.h_pool("train"), task.pool
+    questions, h_pool, pool = task.questions["train"], task.h_pool("train"), task.pool
     m = matching.Matcher(h_pool.shape[1])
     m.standardise(h_pool)
-    z, z_pool = m.z(task.h["train"][:n]), m.z(h_pool)
+    z, z_pool = m.z(task.h["train"]), m.z(h_pool)
     near = np.array(matching.select_nearest(z, z_pool, task.allowed("train", range(n)), k))  # (n, k)
     R = np.stack([task.env.score({"logprob": 1}, questions, near[:, [j]].tolist(), f"rank {j + 1}")
                   for j in range(k)], 1)  # (n, k)
