@@ -8,6 +8,7 @@ Make a row of README's Results again, by the commands that it prints.
     python .ci/results.py dolly --data my.jsonl    # a file of the same fields in place of the download
     python .ci/results.py alpaca --big             # 494 M parameters
     python .ci/results.py dolly --probe            # on training questions: what could a choice of eight gain?
+    python .ci/results.py styles --features        # the nearest by features of the base model, of the tuned
 
 Everything goes to out/ROW-SEED (and a name for what else was asked for), where a run that was cut short is
 gone on with. Dolly and Alpaca take an ordinary LoRA, which never saw an exemplar; --exemplars: our default.
@@ -22,11 +23,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
+import torch
 
 import data
 import matcher as matching
 import rl
 import train_matcher
+from model import GPT
 
 BIG = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 ORDINARY = "--share_nearest 0 --share_random 0"
@@ -88,14 +91,42 @@ def train(out, args):
         run("train_matcher.py", f"{common} {matcher} --out {o}/taught --lora {o}/lora --data {o}/new.json")
 
 
+def load(out, **flags):
+    """What train_matcher.load makes of the row in `out`."""
+    sys.argv = ["train_matcher.py", "--out", str(out)]
+    for name, value in flags.items():
+        sys.argv += [f"--{name}", str(value)]
+    if (out / "pool.json").exists():
+        sys.argv += ["--pool", str(out / "pool.json")]
+    return train_matcher.load(*train_matcher.read_flags(), data.Processes())
+
+
+def features(out):
+    """The nearest neighbour, untrained, on validation questions: by which features is it the best?"""
+    task, settings, *_ = load(out, n_train=1, n_val=300, n_test=1)
+    questions, allowed, rewards = task.questions["val"], task.allowed("val"), {}
+    base = GPT.from_pretrained(settings["model"], task.env.model.embed.weight.dtype, task.env.model.device)
+    h = matching.cached_features(base, task.env.enc, task.pool + questions, "the base model")
+    h_pool, h = h[: task.pool_sizes["val"]], h[len(task.pool) :]
+    z = {}
+    for name, pool, asked in (("base", h_pool, h), ("tuned", task.h_pool("val"), task.h["val"])):
+        m = matching.Matcher(pool.shape[1])
+        m.standardise(pool)
+        z[name] = m.z(asked), m.z(pool)
+    z["both"] = [torch.cat(each, -1) for each in zip(*z.values())]
+    for name, (asked, pool) in z.items():
+        picks = matching.select_nearest(asked, pool, allowed, task.shots)
+        rewards[name] = task.env.score(task.reward, questions, picks, name)
+        print(f"{name:6s} {rewards[name].mean():.3f}")
+    for name in ("base", "both"):
+        print("tuned minus {}: {:+.3f} [{:+.3f}, {:+.3f}]".format(
+            name, *rl.bootstrap(rewards["tuned"] - rewards[name])))
+
+
 def probe(out, n=400, k=8):
     """How much of what the best of the k nearest gains over the nearest can a judge find: one that knows
     likeness, rank and length, and one that has seen the reference, too?"""
-    sys.argv = ["train_matcher.py", "--out", str(out), "--n_train", str(n), "--n_val", "1", "--n_test", "1"]
-    if (out / "pool.json").exists():
-        sys.argv += ["--pool", str(out / "pool.json")]
-    flags, p = train_matcher.read_flags()
-    task, *_ = train_matcher.load(flags, p, data.Processes())
+    task, *_ = load(out, n_train=n, n_val=1, n_test=1)
     questions, h_pool, pool = task.questions["train"], task.h_pool("train"), task.pool
     m = matching.Matcher(h_pool.shape[1])
     m.standardise(h_pool)
@@ -143,11 +174,12 @@ def main():
     p.add_argument("--big", action="store_true", help=f"the settings for 494 M; model: {BIG}")
     p.add_argument("--exemplars", action="store_true", help="a LoRA that has seen exemplars")
     p.add_argument("--probe", action="store_true", help="after the row was made: judges of its exemplars")
+    p.add_argument("--features", action="store_true", help="after the row was made: whose features are best")
     args = p.parse_args()
     name = f"{args.row}-{args.seed}" + f"-{args.per}" * (args.per > 2)
     out = Path("out") / (name + "-big" * args.big + "-exemplars" * args.exemplars)
     args.model = args.model or (BIG if args.big else "smollm2-135m")
-    probe(out) if args.probe else train(out, args)
+    probe(out) if args.probe else features(out) if args.features else train(out, args)
 
 
 if __name__ == "__main__":
