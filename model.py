@@ -121,7 +121,7 @@ def attend(q, k, v, mask=None):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, KV, G T, D)
     else:
         y = ((q * D**-0.5) @ k.transpose(2, 3) + mask).softmax(-1) @ v
-    return y.view(B, H, T, D)
+    return y.reshape(B, H, T, D)  # no view: a CUDA kernel leaves heads and queries the other way round
 
 
 @dataclass
@@ -754,23 +754,27 @@ def pick_dtype(name, device):
         return (torch.bfloat16, "this GPU has it") if fast else (torch.float32, "this GPU has no bfloat16")
     if device != "cpu":
         return torch.float32, f"the safe choice on {device}"
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    for dtype in 5 * list(seconds):
+    seconds, threads = {torch.float32: [], torch.bfloat16: []}, torch.get_num_threads()
+    torch.set_num_threads(1)  # and the best of many tries: beside other work the answer must be the same
+    for dtype in 20 * list(seconds):
         x, w = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
         start = time.perf_counter()
         F.linear(x, w)
         seconds[dtype].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
     ratio = min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
     reason = f"this CPU multiplies {ratio:.1f}x as fast in bfloat16"
     return torch.bfloat16 if ratio > 1.5 else torch.float32, reason
 
 
-def setup(args):
-    """Threads, device and dtype from the common flags; says what was chosen and why. -> (device, dtype)"""
+def setup(args, ddp=None):
+    """Threads, device and dtype from the common flags, for all processes those of the first; says what was
+    chosen and why. -> (device, dtype)"""
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    dtype, reason = pick_dtype(args.dtype, device)
+    choice = pick_dtype(args.dtype, device)
+    dtype, reason = ddp.gather(choice)[0] if ddp else choice
     print(f"{device}, {str(dtype).removeprefix('torch.')} ({reason}), {torch.get_num_threads()} threads")
     return device, dtype
 

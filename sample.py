@@ -168,7 +168,7 @@ def load(args, p):
     """-> (environment, chooser)."""
     lora_folder, folder = Path(args.lora or args.out / "lora"), args.out / "matcher"
     matcher, settings = matching.load(folder)
-    pool = data.load_examples(args.pool or folder / "pool.json", "--pool")
+    pool = data.load_pool(args.pool or folder / "pool.json")
     shots = args.shots or settings["shots"]
     if shots > len(pool):
         raise UserError(f"--shots {shots} is more than the pool's {len(pool)} exemplars")

@@ -5,7 +5,7 @@ Fine-tune a language model with LoRA, on examples that have other examples in fr
     python train_lora.py --data dolly --max_tokens 160
     python train_lora.py --data my.jsonl --model path/to/model
     python train_lora.py --full --share_nearest 0 --share_random 0    # full fine-tuning, to compare with
-    torchrun --nproc_per_node=2 train_lora.py          # data-parallel, the same losses
+    torchrun --nproc_per_node=2 train_lora.py          # data-parallel, the same losses in float32
 
 An ordinary LoRA never sees an exemplar, and then one in front of the question is no help, or harms. So
 training examples get one. Where rows name groups, or answers are labels, an exemplar can show just what is
@@ -327,7 +327,7 @@ def main():
         p.error(f"--batch_size {args.batch_size} is less than the {ddp.world} processes")
     kind = "full" if args.full else "lora"
     folder, path = args.out / kind, args.out / f"last_{kind}.safetensors"
-    device, dtype = setup(args)
+    device, dtype = setup(args, ddp)
     ddp.first(lambda: data.fetch_examples(args.data))
     examples = data.load_examples(args.data)  # a mistake in the data is found before a model is downloaded
     ddp.first(lambda: data.resolve_model(args.model))

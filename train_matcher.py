@@ -281,8 +281,9 @@ def summarise(task, scores, chosen):
     paired = {metric: {f"{a}-{b}": interval(metric, a, b) for a, b in pairs} for metric in scores["none"]}
     mean = {s: {metric: x.mean().item() for metric, x in found.items()} for s, found in scores.items()}
     none, pillow, best = (mean[s][task.headline] for s in ("none", "pillow", "oracle"))
-    answers = [o for k in task.env.asked if isinstance(o := task.env.memo[k], list)]  # [text, cut short?]
-    return {"n_test": len(test), "n_answers": len(scores["none"]["exact"]), "headline": task.headline,
+    n = len(scores["none"]["exact"])
+    answers = task.env.outcomes("answer", test[:n], chosen["pillow"][:n])  # [text, cut short?], remembered
+    return {"n_test": len(test), "n_answers": n, "headline": task.headline,
             "metrics": mean, "paired": paired[task.headline], "paired_by_metric": paired,
             "gap_closed": (pillow - none) / (best - none) if best > none else None,
             "collapse": rl.collapse_figures(chosen["pillow"]), "n_pool": len(task.pool),
@@ -356,7 +357,8 @@ def read_flags():
     p.add_argument("--cache_gb", type=number(float, 0), default=1.0, help="memory for the exemplars' cache")
     p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
     p.add_argument("--sft", help="a fully fine-tuned model, out/full, to compare with")
-    p.add_argument("--eval_only", action="store_true", help="no training: compare with OUT/matcher")
+    p.add_argument("--eval_only", action="store_true", help="no training: compare with OUT/matcher; its "
+                   "seed stands for --seed 0")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only:
@@ -373,15 +375,18 @@ def settle(args, p, made_with, adapter, examples, pool):
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, made_with.get(name, default))
-    if isinstance(args.reward, str):
-        args.reward = rl.parse_reward(args.reward)
+    if not isinstance(args.reward, str):  # a matcher's: the reward may be gone since
+        args.reward = ",".join(f"{reward}:{weight}" for reward, weight in args.reward.items())
+    args.reward = rl.parse_reward(args.reward)
     kind = FREE_TEXT if "logprob" in args.reward else LABELS if data.are_labels(examples, pool) else SHORT
     for name, default in kind.items():
         if getattr(args, name) is None:
             setattr(args, name, made_with.get(name, default))
     if 0 < args.candidates < args.shots:
-        p.error(f"--candidates {args.candidates} are fewer than --shots {args.shots}")
-    for name, value in {"seed": made_with.get("seed", args.seed), "model": adapter["model"]}.items():
+        p.error(f"--shots {args.shots}: the matcher chooses from --candidates {args.candidates} only")
+    dtype = made_with.get("dtype", args.dtype).removeprefix("torch.")
+    kept = {"seed": made_with.get("seed", args.seed), "model": adapter["model"], "dtype": dtype}
+    for name, value in kept.items():
         if getattr(args, name) == p.get_default(name):
             setattr(args, name, value)
 
@@ -425,9 +430,9 @@ def load(args, p, ddp):
     ddp.first(lambda: [data.fetch_examples(name) for name in (adapter["data"], args.data, args.pool)])
     trained_on = data.load_examples(adapter["data"], f"{folder} was trained on")
     examples = trained_on if args.data == adapter["data"] else data.load_examples(args.data)
-    own_pool = data.load_examples(args.pool, "--pool") if args.pool else None
+    own_pool = data.load_pool(args.pool) if args.pool else None
     settle(args, p, made_with, adapter, examples, own_pool or examples)
-    device, dtype = setup(args)
+    device, dtype = setup(args, ddp)
     ddp.first(lambda: data.resolve_model(args.model))
     model, enc = GPT.from_pretrained(args.model, dtype, device), data.load_tokenizer(args.model)
     if adapter["fingerprint"] != model.fingerprint:
@@ -452,8 +457,10 @@ def load(args, p, ddp):
     h = dict(zip(["pool", *questions], h.split([len(pool), *map(len, questions.values())])))
     env = rl.Environment(model, enc, pool, args.max_new_tokens, f"{model.fingerprint} {digest} {dtype}",
                          args.memo, cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
-    for question in every:
-        env.prompt(question, [], args.max_new_tokens)  # one that is too long is found now
+    likely = args.reward.keys() & set(rl.LIKELIHOODS)
+    for question in every:  # one that is too long is found now
+        answer = len(data.encode_answer(enc, question)) if likely else 0
+        env.prompt(question, [], max(answer, args.max_new_tokens))
     counts = {"read": len(examples), "kept": len(kept), "max_tokens": adapter["max_tokens"]}
     made_from = {"rows": data.digest_rows(kept), "lora_seed": adapter["seed"], "dtype": str(dtype),
                  "fingerprint": model.fingerprint, "adapter": digest, "template": data.TEMPLATE_VERSION,
@@ -498,7 +505,8 @@ def describe(args, made_from, made_with, examples):
         raise UserError(f"{args.out / 'matcher'}: trained with another model or adapter; train it again")
     about = {k: settings[k] for k in ("model", "data", "shots", "seed", "dtype")} | {"examples": examples}
     if made_with:  # what was trained stays as it was, what is compared now is new
-        compared = "shots reward pool pool_size pool_rows max_new_tokens seed n_test n_answers oracle".split()
+        compared = ("shots reward pool pool_size pool_rows max_new_tokens seed dtype n_train n_test "
+                    "n_answers oracle").split()
         settings = settings | made_with | {k: settings[k] for k in compared}
     return settings, about
 

@@ -51,13 +51,19 @@ def few_a_label(rows, few):
     return kept
 
 
+def pool_of(source, args):
+    """The LoRA-training part of a source, as train_lora.py will split it."""
+    rows = data.keep_short(data.load_tokenizer(args.model), data.load_examples(source), 256)
+    return data.split(rows, args.seed)["pool"]
+
+
 def train(out, args):
     """The scripts in turn: LoRA, full fine-tuning to compare with unless `sft` is None, the matcher."""
     common = f"--seed {args.seed} --out {out.as_posix()} --model {shlex.quote(args.model)} --resume"
     source, lora, sft, matcher, pool = args.data or args.row, "", None, "", None
     if args.row == "banking77":
         sft = None if args.big or args.per > 2 else "--lr 3e-4"
-        pool = few_a_label(data.split(data.load_examples(source), args.seed)["pool"], args.per)
+        pool = few_a_label(pool_of(source, args), args.per)
         if args.big:
             matcher += " --n_train 3000 --n_test 400"
     elif args.row == "new_labels":
@@ -71,8 +77,7 @@ def train(out, args):
         if args.big:
             matcher = "--n_train 400 --steps 20 --n_val 64 --n_test 240 --n_answers 30 --oracle 1"
         if args.big or args.row == "alpaca":
-            rows = data.keep_short(data.load_tokenizer(args.model), data.load_examples(source), 256)
-            pool = data.split(rows, args.seed)["pool"][: 1000 if args.big else 4000]
+            pool = pool_of(source, args)[: 1000 if args.big else 4000]
     if args.big:
         lora, matcher = f"{lora} --lr 5e-4", f"{matcher} --cache_gb 2.5"
     if pool:
@@ -123,10 +128,11 @@ def features(out):
             name, *rl.bootstrap(rewards["tuned"] - rewards[name])))
 
 
-def probe(out, n=400, k=8):
+def probe(out, k=8):
     """How much of what the best of the k nearest gains over the nearest can a judge find: one that knows
     likeness, rank and length, and one that has seen the reference, too?"""
-    task, *_ = load(out, n_train=n, n_val=1, n_test=1)
+    task, *_ = load(out, n_train=400, n_val=1, n_test=1)
+    n = len(task.questions["train"])
     questions, h_pool, pool = task.questions["train"], task.h_pool("train"), task.pool
     m = matching.Matcher(h_pool.shape[1])
     m.standardise(h_pool)
