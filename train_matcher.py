@@ -288,7 +288,7 @@ def summarise(task, scores, chosen):
             "gap_closed": (pillow - none) / (best - none) if best > none else None,
             "collapse": rl.collapse_figures(chosen["pillow"]), "n_pool": len(task.pool),
             "n_matcher_train": len(task.questions["train"]),
-            "dropped_exemplars": sum(task.env.prompt(q, picks, task.env.max_new_tokens)[2]
+            "dropped_exemplars": sum(task.env.prompt(q, picks, task.env.room(task.reward, q))[2]
                                      for q, picks in zip(test, chosen["pillow"])),
             "cut_answers": sum(cut for _, cut in answers),
             "empty_answers": sum(not text for text, _ in answers),
@@ -358,7 +358,7 @@ def read_flags():
     p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
     p.add_argument("--sft", help="a fully fine-tuned model, out/full, to compare with")
     p.add_argument("--eval_only", action="store_true", help="no training: compare with OUT/matcher; its "
-                   "seed stands for --seed 0")
+                   "seed stands for --seed 0, its type for --dtype auto")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only:
@@ -457,10 +457,8 @@ def load(args, p, ddp):
     h = dict(zip(["pool", *questions], h.split([len(pool), *map(len, questions.values())])))
     env = rl.Environment(model, enc, pool, args.max_new_tokens, f"{model.fingerprint} {digest} {dtype}",
                          args.memo, cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
-    likely = args.reward.keys() & set(rl.LIKELIHOODS)
     for question in every:  # one that is too long is found now
-        answer = len(data.encode_answer(enc, question)) if likely else 0
-        env.prompt(question, [], max(answer, args.max_new_tokens))
+        env.prompt(question, [], env.room(args.reward, question))
     counts = {"read": len(examples), "kept": len(kept), "max_tokens": adapter["max_tokens"]}
     made_from = {"rows": data.digest_rows(kept), "lora_seed": adapter["seed"], "dtype": str(dtype),
                  "fingerprint": model.fingerprint, "adapter": digest, "template": data.TEMPLATE_VERSION,
