@@ -62,7 +62,7 @@ def train(out, args):
     common = f"--seed {args.seed} --out {out.as_posix()} --model {shlex.quote(args.model)} --resume"
     source, lora, sft, matcher, pool = args.data or args.row, "", None, "", None
     if args.row == "banking77":
-        sft = None if args.big or args.per > 2 else "--lr 3e-4"
+        sft = None if args.per > 2 else "--lr 1e-4" if args.big else "--lr 3e-4"
         pool = few_a_label(pool_of(source, args), args.per)
         if args.big:
             matcher += " --n_train 3000 --n_test 400"
