@@ -369,7 +369,8 @@ def load(folder):
         match settings:
             case {"shots": int(shots), "seed": int(), "max_new_tokens": int(), "reward": dict(),
                   "model": str(), "fingerprint": str(), "adapter": str(), "matcher": shape,
-                  "weights": weights} if shots >= 1 and weights == data.digest_file(path):
+                  "dtype": "torch.float32" | "torch.bfloat16", "weights": weights} if (
+                      shots >= 1 and weights == data.digest_file(path)):
                 matcher = Matcher(**shape)
                 matcher.load_state_dict(dict(data.read_safetensors(path)))
                 return matcher, settings

@@ -407,7 +407,7 @@ def test_a_policy_that_stops_below_t_starts_as_the_threshold_selector():
 
 def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one_line():
     made_with = {"shots": 2, "seed": 0, "max_new_tokens": 8, "reward": {}, "model": "m", "fingerprint": "f",
-                 "adapter": "a"}
+                 "adapter": "a", "dtype": "torch.float32"}
     tower, h_pool, h = random_matcher(B=5, candidates=3)
     with folder() as d:
         matcher.save(tower, d, made_with)
@@ -3116,6 +3116,8 @@ def test_damaged_results_are_refused_in_one_line():
         for reward in ({"mine": 1.0}, {}, {"exact": "a"}):  # one of one's own may be gone
             data.write_json(config, settings | {"reward": reward})
             assert "--reward" in complaint("train_matcher", "--eval_only", cwd=d)
+        data.write_json(config, settings | {"dtype": None})
+        assert "config.json" in complaint("train_matcher", "--eval_only", cwd=d)
 
 
 def test_help_tells_every_flags_meaning_and_default():
