@@ -350,8 +350,8 @@ def read_flags():
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of both MLPs")
     p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
     p.add_argument("--n_val", type=number(int, 1), default=96, help="validation questions, at most")
-    p.add_argument("--n_test", type=number(int, 1), default=800, help="test questions, at most")
-    p.add_argument("--n_answers", type=number(int, 1), default=800,
+    p.add_argument("--n_test", type=number(int, 1), default=256, help="test questions, at most")
+    p.add_argument("--n_answers", type=number(int, 1), default=256,
                    help="of these, how many are answered in words where likelihood decides")
     p.add_argument("--oracle", type=number(int, 0), default=2, help="nearest exemplars that the oracle tries")
     p.add_argument("--cache_gb", type=number(float, 0), default=1.0, help="memory for the exemplars' cache")
