@@ -88,6 +88,7 @@ def train(out, args):
     if sft is not None:
         run("train_lora.py", f"--data {shlex.quote(source)} {common} --full {ORDINARY} {sft}")
         matcher += f" --sft {out.as_posix()}/full"
+    matcher += f" --memo {out.as_posix()}/memo.jsonl"  # a comparison that was cut short, too, is gone on with
     run("train_matcher.py", f"{common} {matcher}")
     if args.row == "new_labels":  # the LoRA knows none of these; the matcher learns from questions about them
         parts = data.split(rows, args.seed)
