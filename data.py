@@ -143,7 +143,7 @@ def styles(seed=0):
     The instruction names the house, never the rule, so only an exemplar of the same house *and* field shows
     what to do. Phrasings, synonyms and topics that mean nothing often make the nearest exemplar a wrong one:
     what to look at, and what to look past, has to be learnt.
-    120 houses (the rows' "group") x 8 fields x 3 examples, the first of every field first.
+    120 houses (the rows' "group") x 8 fields x 3 examples, one of each field first: its exemplars.
     """
     rng, examples = random.Random(seed), []
     for house in HOUSES:
@@ -160,107 +160,6 @@ def styles(seed=0):
                 seen.add(value)
         examples += [e for once in rounds for e in once]
     return examples
-
-
-# ---- formats ---------------------------------------------------------------------------------------
-
-HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-SOURCES = {  # name: [(url at a fixed commit, sha256 where it is known)]
-    "alpaca": [("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/"
-                "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json", None)],
-    "dolly": [(f"{HUB}/datasets/databricks/databricks-dolly-15k/resolve/"
-               "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
-               "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec")],
-    "banking77": [("https://raw.githubusercontent.com/PolyAI-LDN/task-specific-datasets/"
-                   f"57ec275d8078af65b7731c2a98be812d844a6d6b/banking_data/{part}.csv", sha256)
-                  for part, sha256 in (
-                      ("train", "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b"),
-                      ("test", "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d"))],
-}
-SPELLINGS = ("instruction",), ("input", "context"), ("output", "response")  # Alpaca's spelling, then Dolly's
-HARMLESS = {"group", "field", "category", "text", "id", "source"}  # may stand beside them, in no prompt
-
-
-def load_examples(name_or_path, flag="--data"):
-    """'styles', a name in SOURCES, or a file of rows -> list of examples, every text as it stands there.
-
-    Of two spellings of a field the first that is not empty counts. Other fields and identical rows are
-    skipped, and counted in one line. UserError names file and row.
-    """
-    name, path = str(name_or_path), Path(name_or_path)
-    if name == "styles":
-        return styles()
-    if name not in SOURCES and not path.is_file():
-        raise UserError(f"{flag} {name}: not styles, {', '.join(SOURCES)}, and no such file")
-    unread, examples = Counter(), []
-    for file in fetch_examples(name) or [path]:
-        rows = read_banking77(file) if name == "banking77" else read_rows(file)
-        examples += [read_row(row, f"{file}, row {n}", unread) for n, row in rows]
-    if not examples:
-        raise UserError(f"{name}: no examples in it")
-    if unread:
-        counts = ", ".join(f"{key!r:.40} ({n:,} rows)" for key, n in unread.most_common(6))
-        print(f"{name}: fields that are not read, and in no prompt: {counts}")
-    unique = dict.fromkeys(tuple(e.items()) for e in examples)
-    if len(unique) < len(examples):
-        print(f"{name}: {len(examples) - len(unique):,} duplicate rows left out")
-    return [dict(e) for e in unique]
-
-
-def load_pool(path):
-    """The exemplars in a file, a text once, though it may stand there under several groups."""
-    rows, unique = load_examples(path, "--pool"), {}
-    for e in rows:
-        unique.setdefault(digest(e), e)
-    if len(unique) < len(rows):
-        print(f"{path}: {len(rows) - len(unique):,} exemplars that differ in their group only left out")
-    return list(unique.values())
-
-
-def fetch_examples(name):
-    """The files of a name in SOURCES, fetched into the cache where they are not yet; of others none."""
-    return [download(url, Path("cache") / name / url.rsplit("/", 1)[1], sha256)
-            for url, sha256 in SOURCES.get(name, ())]
-
-
-def read_banking77(path):
-    """Yield (number, row): a customer's question, and its label, one of 77 intents, as the answer."""
-    with fitting(path), open(path, encoding="utf-8", newline="") as file:
-        for n, row in enumerate(csv.DictReader(file), 1):
-            yield n, {"instruction": row["text"], "output": row["category"].replace("_", " ")}
-
-
-def read_rows(path):
-    """Yield (number, row) of a file of JSON or JSON lines: its first character tells, whatever its suffix."""
-    first = next((line for _, line in read_lines(path)), "")
-    if first.lstrip().startswith("["):
-        yield from enumerate(read_json(path, list), 1)
-    else:
-        for n, line in read_lines(path):
-            where = f"{path}, line {n} (not a JSON list, nor an object a line; CSV is not read)"
-            yield n, parse_json(line, where)
-
-
-def read_row(row, where, unread):
-    """A row of a file as an example. `unread` counts the fields that say something and are not used."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: an example is an object, this is a {type(row).__name__}")
-    says = {key: value for key, value in row.items() if value not in (None, "", [], {})}
-    example = {}
-    for names in SPELLINGS:
-        key = next((k for k in names if k in says), names[0])
-        value = says.pop(key, "" if "input" in names or any(row.get(k) is not None for k in names) else None)
-        if not isinstance(value, str):
-            wrong = f"missing; it has {', '.join(map(repr, row))}" if value is None else "not text"
-            raise UserError(f"{where}: {' or '.join(map(repr, names))} is {wrong:.200}")
-        example[names[0]] = value
-    if not example["instruction"].strip():
-        raise UserError(f"{where}: 'instruction' is empty")
-    unread.update(says.keys() - HARMLESS)
-    group = says.get("group")
-    if type(group) not in (str, int, type(None)):
-        raise UserError(f"{where}: 'group' is neither text nor a whole number")
-    return example if group is None else example | {"group": group}
 
 
 # ---- the split -------------------------------------------------------------------------------------
@@ -376,6 +275,107 @@ def decode(enc, ids):
 
 
 # ---- plumbing: skip on a first reading -------------------------------------------------------------
+# ---- formats
+
+HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+SOURCES = {  # name: [(url at a fixed commit, sha256 where it is known)]
+    "alpaca": [("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/"
+                "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json", None)],
+    "dolly": [(f"{HUB}/datasets/databricks/databricks-dolly-15k/resolve/"
+               "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
+               "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec")],
+    "banking77": [("https://raw.githubusercontent.com/PolyAI-LDN/task-specific-datasets/"
+                   f"57ec275d8078af65b7731c2a98be812d844a6d6b/banking_data/{part}.csv", sha256)
+                  for part, sha256 in (
+                      ("train", "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b"),
+                      ("test", "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d"))],
+}
+SPELLINGS = ("instruction",), ("input", "context"), ("output", "response")  # Alpaca's spelling, then Dolly's
+HARMLESS = {"group", "field", "category", "text", "id", "source"}  # may stand beside them, in no prompt
+
+
+def load_examples(name_or_path, flag="--data"):
+    """'styles', a name in SOURCES, or a file of rows -> list of examples, every text as it stands there.
+
+    Of two spellings of a field the first that is not empty counts. Other fields and identical rows are
+    skipped, and counted in one line. UserError names file and row.
+    """
+    name, path = str(name_or_path), Path(name_or_path)
+    if name == "styles":
+        return styles()
+    if name not in SOURCES and not path.is_file():
+        raise UserError(f"{flag} {name}: not styles, {', '.join(SOURCES)}, and no such file")
+    unread, examples = Counter(), []
+    for file in fetch_examples(name) or [path]:
+        rows = read_banking77(file) if name == "banking77" else read_rows(file)
+        examples += [read_row(row, f"{file}, row {n}", unread) for n, row in rows]
+    if not examples:
+        raise UserError(f"{name}: no examples in it")
+    if unread:
+        counts = ", ".join(f"{key!r:.40} ({n:,} rows)" for key, n in unread.most_common(6))
+        print(f"{name}: fields that are not read, and in no prompt: {counts}")
+    unique = dict.fromkeys(tuple(e.items()) for e in examples)
+    if len(unique) < len(examples):
+        print(f"{name}: {len(examples) - len(unique):,} duplicate rows left out")
+    return [dict(e) for e in unique]
+
+
+def load_pool(path):
+    """The exemplars in a file, a text once, though it may stand there under several groups."""
+    rows, unique = load_examples(path, "--pool"), {}
+    for e in rows:
+        unique.setdefault(digest(e), e)
+    if len(unique) < len(rows):
+        print(f"{path}: {len(rows) - len(unique):,} exemplars that differ in their group only left out")
+    return list(unique.values())
+
+
+def fetch_examples(name):
+    """The files of a name in SOURCES, fetched into the cache where they are not yet; of others none."""
+    return [download(url, Path("cache") / name / url.rsplit("/", 1)[1], sha256)
+            for url, sha256 in SOURCES.get(name, ())]
+
+
+def read_banking77(path):
+    """Yield (number, row): a customer's question, and its label, one of 77 intents, as the answer."""
+    with fitting(path), open(path, encoding="utf-8", newline="") as file:
+        for n, row in enumerate(csv.DictReader(file), 1):
+            yield n, {"instruction": row["text"], "output": row["category"].replace("_", " ")}
+
+
+def read_rows(path):
+    """Yield (number, row) of a file of JSON or JSON lines: its first character tells, whatever its suffix."""
+    first = next((line for _, line in read_lines(path)), "")
+    if first.lstrip().startswith("["):
+        yield from enumerate(read_json(path, list), 1)
+    else:
+        for n, line in read_lines(path):
+            where = f"{path}, line {n} (not a JSON list, nor an object a line; CSV is not read)"
+            yield n, parse_json(line, where)
+
+
+def read_row(row, where, unread):
+    """A row of a file as an example. `unread` counts the fields that say something and are not used."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: an example is an object, this is a {type(row).__name__}")
+    says = {key: value for key, value in row.items() if value not in (None, "", [], {})}
+    example = {}
+    for names in SPELLINGS:
+        key = next((k for k in names if k in says), names[0])
+        value = says.pop(key, "" if "input" in names or any(row.get(k) is not None for k in names) else None)
+        if not isinstance(value, str):
+            wrong = f"missing; it has {', '.join(map(repr, row))}" if value is None else "not text"
+            raise UserError(f"{where}: {' or '.join(map(repr, names))} is {wrong:.200}")
+        example[names[0]] = value
+    if not example["instruction"].strip():
+        raise UserError(f"{where}: 'instruction' is empty")
+    unread.update(says.keys() - HARMLESS)
+    group = says.get("group")
+    if type(group) not in (str, int, type(None)):
+        raise UserError(f"{where}: 'group' is neither text nor a whole number")
+    return example if group is None else example | {"group": group}
+
+
 # ---- tokenizers, as tiktoken encodings
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

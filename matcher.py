@@ -4,14 +4,14 @@ The matching network: which exemplars of the pool should stand in front of this 
 PILLOW (Qi et al. 2023, arXiv 2312.05621) has two small MLPs, one for the question and one for the pool's
 exemplars; the dot product of their outputs, over the pool, is a distribution. With h(.) the LoRA-tuned
 language model's mean-pooled final hidden state of a question (an exemplar's answer left out), and z(.) the
-same standardised by the pool's mean and std:
+same standardised by the mean and std of the pool it was trained with:
 
-    state s_t = (question x, exemplars chosen so far)
+    state (x, chosen): the question, the exemplars chosen so far
     f(.) = MLP_shared[z(.)]                          as wide as z: what both towers add to it
     a, s = MLP_question[z(x), mean of the chosen z]  the question tower's own; s, the score of *stop*
     u    = unit(z(x) + f(x) + a)                     question tower
     v_j  = unit(z(p_j) + f(p_j))                     exemplar tower
-    pi(. | s_t) = softmax of  exp(tau) * (<u, v_j>  for every p_j that is allowed,  s for *stop*)
+    pi(. | x, chosen) = softmax of  exp(tau) * (<u, v_j>  for every p_j that is allowed,  s for *stop*)
 
 Both MLPs end in zeros, so among exemplars an untrained matcher takes the nearest by cosine; learning bends it
 (ours; with ordinary initial values it would have to find even that by trial and error). The towers share f
@@ -100,13 +100,13 @@ class Matcher(nn.Module):
         return out
 
     def scores(self, h, encoded, chosen, allowed):
-        """Unnormalised log pi(. | s_t), (B, n + 1): a column per exemplar, then *stop*; -inf if not
+        """Unnormalised log pi(. | x, chosen), (B, n + 1): a column per exemplar, then *stop*; -inf if not
         allowed.
 
         h (B, C) the questions' features; chosen (B, t) picks so far; allowed (B, n) bool.
         """
         z = self.z(h)
-        # chosen holds STOP, -1, where an episode is over; neither that row's context nor its scores are used
+        # chosen holds STOP, -1, where a rollout is over; neither that row's context nor its scores are used
         context = encoded.z[chosen].mean(1) if chosen.shape[1] else torch.zeros_like(z)  # (B, C)
         a, s = self.question_mlp(torch.cat([z, context], -1)).split([z.shape[1], 1], -1)  # (B, C), (B, 1)
         u = F.normalize(z + self.shared_mlp(z) + a, dim=-1)
@@ -118,7 +118,7 @@ class Matcher(nn.Module):
     def play(self, h, encoded, allowed, shots, generator=None):
         """Up to `shots` picks per question: the likeliest at each step, or sampled if a generator is given.
 
-        -> picks (B, m), STOP from where an episode ended, and each pick's probability (B, m).
+        -> picks (B, m), STOP from where a rollout ended, and each pick's probability (B, m).
         """
         picks = torch.full((len(h), shots), STOP)
         chances, going = torch.ones(len(h), shots), torch.ones(len(h), dtype=torch.bool)
@@ -132,15 +132,15 @@ class Matcher(nn.Module):
 
     @torch.no_grad()
     def sample(self, h, encoded, allowed, shots, rollouts, generator):
-        """K sampled episodes of each question: picks (B, K, m)."""
+        """K rollouts of each question: picks (B, K, m)."""
         h, allowed = h.repeat_interleave(rollouts, 0), allowed.repeat_interleave(rollouts, 0)
         return self.play(h, encoded, allowed, shots, generator)[0].unflatten(0, (-1, rollouts))
 
     def log_prob(self, h, encoded, picks, allowed):
-        """Exact log pi of whole episodes, picks (B, K, m) -> log pi (B, K) and entropy (B, K).
+        """Exact log pi of whole rollouts, picks (B, K, m) -> log pi (B, K) and entropy (B, K).
 
-        log pi(p_1 .. p_m | x) = sum_t log pi(p_t | s_t), up to and including the stop; the entropy is the
-        mean over the decisions that an episode really took.
+        log pi(p_1 .. p_m | x) = sum_t log pi(p_t | x, p_1 .. p_t-1), up to and including the stop; the
+        entropy is the mean over the decisions that a rollout really took.
         """
         B, K, m = picks.shape
         h, allowed, picks = h.repeat_interleave(K, 0), allowed.repeat_interleave(K, 0), picks.flatten(0, 1)
@@ -218,7 +218,7 @@ def select_likeliest(matcher, h, h_pool, allowed, shots):
 
 
 def as_lists(picks):
-    """(..., m) tensor with STOP -> a list of pool indices per episode."""
+    """(..., m) tensor with STOP -> a list of pool indices per rollout."""
     return [[j for j in row if j != STOP] for row in picks.flatten(0, -2).tolist()]
 
 

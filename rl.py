@@ -1,7 +1,7 @@
 """
 The reinforcement-learning half of PILLOW: rewards, the language model as an environment, the baseline.
 
-An episode is one question. The matcher picks exemplars until it stops; exemplars and question go to the
+In a rollout the matcher picks exemplars for a question until it stops; exemplars and question go to the
 LoRA-tuned language model; the reward, once, at the end, is how good its answer is, or how likely the
 reference. The update is plain REINFORCE (Williams 1992) with the leave-one-out baseline (Kool et al. 2019):
 with K rollouts of one question
@@ -164,8 +164,8 @@ class Environment:
         return max(self.max_new_tokens, len(data.encode_answer(self.enc, question)) if likely else 0)
 
     def prompt(self, question, picks, new):
-        """exemplars + question -> (index of the first, which is cached, or None; ids of all the rest; how
-        many exemplars were dropped, last-chosen first, until `new` more tokens fit into the context)."""
+        """exemplars + question -> (index of the first exemplar, which is cached, or None; ids of the rest;
+        how many exemplars, from the last, did not fit beside `new` more tokens)."""
         ids = data.encode_query(self.enc, question)
         room = self.model.config.n_ctx - new - len(ids)
         if room < 0:

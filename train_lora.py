@@ -10,9 +10,9 @@ Fine-tune a language model with LoRA, on examples that have other examples in fr
 An ordinary LoRA never sees an exemplar, and then one in front of the question is no help, or harms. So
 training examples get one. Where rows name groups, or answers are labels, an exemplar can show just what is
 asked for: each gets one alike in question and answer, so the LoRA learns to use what it is shown, and what to
-show is left to the matcher. On other data the nearest stands in front of most, a random one in front of some
-(which teaches when *not* to copy), none in front of the rest. --share_nearest 0 --share_random 0 is plain
-LoRA. The loss is on answers and their end tokens only: the question's, and those of the exemplars.
+show is left to the matcher. On other data the nearest by BM25 stands in front of most, a random one in front
+of some (which teaches when *not* to copy), none in front of the rest. --share_nearest 0 --share_random 0 is
+plain LoRA. The loss is on answers and their end tokens only, the exemplars' too.
 """
 
 import functools
@@ -205,8 +205,8 @@ def read_flags():
     p.add_argument("--alpha", type=number(float, 0), default=16, help="the update is scaled by alpha / r")
     p.add_argument("--targets", default="all", help="layers with an adapter, as q_proj,v_proj")
     p.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0, help="dropout in front of A")
-    p.add_argument("--share_nearest", type=number(float, 0, 1), help="share behind their nearest; default: "
-                   "0.7, where rows name groups or answers are labels 1")
+    p.add_argument("--share_nearest", type=number(float, 0, 1), help="share behind their nearest (BM25); "
+                   "default: 0.7, where rows name groups or answers are labels 1")
     p.add_argument("--share_random", type=number(float, 0, 1), help="share behind random ones; default: 0.1, "
                    "as far as the nearest leave it")
     p.add_argument("--shots", type=number(int, 1, 16), default=1, help="the most exemplars an example")

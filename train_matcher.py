@@ -10,9 +10,9 @@ Train the matching network with REINFORCE, then compare it with every other way 
 
 Data, split and model come from the adapter in out/lora, so nothing that the LoRA was trained on is asked
 here (nor with --data). Features are those of the LoRA-tuned model, computed once and cached. Where answers
-are labels, a rehearsal on a free reward is all the training there is by default (see `rehearse`). The matcher
-kept is the one with the best greedy reward on validation questions; test questions are opened once, at the
-end, for all selectors together.
+are labels, a rehearsal without the model is all the training there is by default (see `rehearse`). The
+matcher kept is the one with the best greedy reward on validation questions; test questions are opened once,
+at the end, for all selectors together.
 """
 
 import copy
@@ -36,7 +36,7 @@ from model import GPT, setup
 class Task:
     """What there is to choose from, what is asked, and who answers. Parts are "train", "val" and "test"."""
 
-    pool: list  # exemplars; a part may choose from the first pool_sizes[part]
+    pool: list  # exemplars; a part chooses from the first pool_sizes[part], see `data.split_groups`
     questions: dict  # {part: examples}
     h: dict  # {part, or "pool": features (N, C)}
     pool_sizes: dict  # {part: n}
@@ -127,7 +127,7 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
                 progress.best = row["held_out"]
                 save_best()
             checkpoint()
-            bar.write(f"step {step + 1:4d}  reward {row['reward']:.3f}  held-out {row['held_out']:.3f}"
+            bar.write(f"step {step + 1:4d}  reward {row['reward']:.3f}  validation {row['held_out']:.3f}"
                       f"{'  (best: saved)' if better else ''}  entropy {row['entropy']:.2f}  "
                       f"no exemplar for {row['held_out_figures']['none']:.0%}")
         if ddp.sum([interrupt.requested])[0] and step + 1 < args.steps:
@@ -143,20 +143,19 @@ def begin(task, matcher, args):
     matcher.standardise(task.h_pool("train"))
     h, encoded = task.h["train"][:256], matcher.encode(task.h_pool("train"))
     allowed = matcher.narrow(h, encoded, task.allowed("train", range(len(h))))
-    # *stop* starts as the tuned threshold (None, on free text), with a probability that was asked for, or
-    # (0, on short answers) hardly ever
+    # stop_prior None (free text): *stop* starts as the tuned threshold; 0 (short answers): hardly ever
     if args.stop_prior is None:
         matcher.stop_below(threshold_on_training(task, matcher))
     matcher.sharpen(h, encoded, allowed)
     if args.stop_prior:
         matcher.set_stop_prior(args.stop_prior, h, encoded, allowed)
     held_out, figures = validate(task, matcher)
-    print(f"step    0  held-out {held_out:.3f} (untrained)")
+    print(f"step    0  validation {held_out:.3f} (untrained)")
     if args.rehearsal:
         before = copy.deepcopy(matcher.state_dict())
         rehearse(task, matcher, args.rehearsal, args.seed)
         rehearsed, new = validate(task, matcher)
-        print(f"step    0  held-out {rehearsed:.3f} (rehearsed)")
+        print(f"step    0  validation {rehearsed:.3f} (rehearsed)")
         if rehearsed < held_out:
             matcher.load_state_dict(before)
         else:
@@ -170,10 +169,10 @@ def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
 
     Where answers are labels this tells most of what a choice is worth, and it is free: the language model's
     rewards are dear, so few, and few are mostly noise."""
-    free, optimizer = replace(task, env=rl.Copying(task.pool)), torch.optim.Adam(matcher.parameters())
+    copying, optimizer = replace(task, env=rl.Copying(task.pool)), torch.optim.Adam(matcher.parameters())
     for step in tqdm(range(steps), desc="rehearsal", disable=task.env.ddp.rank > 0):
         decay(optimizer, lr, step / steps)
-        reinforce(free, matcher, optimizer, torch.Generator().manual_seed((seed << 20) + step), batch_size,
+        reinforce(copying, matcher, optimizer, torch.Generator().manual_seed((seed << 20) + step), batch_size,
                   rollouts)
 
 
@@ -246,7 +245,8 @@ def compare(task, matcher, threshold, args, sft):
     chosen["oracle"] = oracle(task, matcher, chosen, best, args.oracle)
     scores["oracle"] = measure(task.env, chosen["oracle"], "oracle")
     if sft:
-        env = rl.Environment(sft, task.env.enc, [], args.max_new_tokens, sft.fingerprint, ddp=task.env.ddp)
+        name = f"{sft.fingerprint} {sft.embed.weight.dtype}"
+        env = rl.Environment(sft, task.env.enc, [], args.max_new_tokens, name, args.memo, ddp=task.env.ddp)
         scores["sft"] = measure(env, [[]] * len(test), "sft")
     return scores, chosen
 
@@ -344,7 +344,7 @@ def read_flags():
     p.add_argument("--stop_prior", type=number(float, 0, 0.99), help="probability of stopping at once before "
                    "anything is learnt; default: 0, so *stop* is hardly ever tried; with the reward logprob "
                    "the policy starts as the tuned threshold")
-    depends("rehearsal", number(int, 0), "updates before those, on a free reward: is the exemplar's answer "
+    depends("rehearsal", number(int, 0), "updates before those, without the model: is the exemplar's answer "
             "the reference?")
     p.add_argument("--rollouts", type=number(int, 2), default=4, help="K, rollouts a question")
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of both MLPs")
