@@ -368,7 +368,7 @@ class GPT(nn.Module):
 
 def pick_token(logits, temperature, top_k, rng):
     """logits (B, V) float32 -> the next id of each row (B,)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # dividing by so little overflows
         return logits.argmax(-1)
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)

@@ -2042,6 +2042,7 @@ def test_sampling_follows_its_temperature_its_top_k_and_its_seed():
     once, again, other, free, freer = (m.generate(prompt, 20, 1.0, eos_ids=(), seed=seed)
                                        for seed in (1, 1, 2, None, None))
     assert once == again != other and free != freer
+    assert m.generate(prompt, 20, 1e-40, eos_ids=(), seed=0) == m.generate(prompt, 20, eos_ids=())
     logits = m(torch.tensor(prompt))[0, -1].detach()
     for temperature, top_k in ((2.0, None), (2.0, 3), (3.0, 1), (1e-4, None)):
         # frequencies of the first token against the softmax, of all or of the likeliest
