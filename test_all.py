@@ -2475,7 +2475,7 @@ def test_results_json_and_the_logs_say_what_the_readme_promises():
         mean, low, high = r["paired"][f"{a}-{b}"]
         assert low <= mean <= high and abs(mean - (head[a] - head[b])) < 1e-9
     gap = (head["pillow"] - head["none"]) / (head["oracle"] - head["none"])
-    assert abs(r["gap_closed"] - gap) < 1e-9 and r["cut_answers"] >= 0
+    assert abs(r["gap_closed"] - gap) < 1e-9 and r["cut_answers"] >= 0 == r["dropped_exemplars"]
     assert r["llm_calls"] == lines_of(d / "out/log_matcher.jsonl")[-1]["calls"] > 0
     assert -1 <= r["threshold"] <= 1 and r["swapped_pool"] == {}  # only a pool that grows can be swapped
     assert r["seconds"]["all"] > 0 and r["peak_memory_mb"] != 0 and r["examples"]["kept"] == 60
