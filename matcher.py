@@ -246,14 +246,15 @@ def similarity(z, z_pool, picks):
 
 
 def tune_threshold(cosine, gain):
-    """The t for which "an exemplar where cosine (N,) > t, else none" gains most, summed over questions.
+    """The t for which "an exemplar where cosine (N,) > t, else none" gains most, summed over questions, less
+    the sum's standard error: of N noisy sums the largest flatters, and an exemplar too many does harm.
 
     gain (N,): reward with the nearest exemplar minus reward without, on training questions. The control that
     a trained matcher has to beat where it learns only *when* to take an exemplar.
     """
     order = torch.argsort(cosine, descending=True)
-    total = F.pad(gain[order].cumsum(0), (1, 0))  # (N + 1,): the gain of taking the first 0, 1 .. N
-    best = int(total.argmax())
+    total = gain[order].cumsum(0) - gain[order].square().cumsum(0).sqrt()
+    best = int(F.pad(total, (1, 0)).argmax())  # how many to take: the first 0, 1 .. N
     beyond = torch.tensor([0.02])  # to take none or all, t lies just outside of what was seen
     edges = torch.cat([cosine.amax() + beyond, cosine[order], cosine.amin() - beyond])
     return float((edges[best] + edges[best + 1]) / 2)  # halfway between the last taken and the first left
