@@ -187,19 +187,13 @@ class Matcher(nn.Module):
 # ---- which exemplars are allowed --------------------------------------------------------------------------
 
 
-def where_asked(pool):
-    """{question: the exemplars that ask it}, for `allowed_exemplars`; made once per pool."""
-    asked = {}
+def allowed_exemplars(questions, pool):
+    """(B, n) bool: all exemplars but those that ask the very question."""
+    allowed, asked = torch.ones(len(questions), len(pool), dtype=torch.bool), {}
     for j, exemplar in enumerate(pool):
         asked.setdefault(data.question_key(exemplar), []).append(j)
-    return asked
-
-
-def allowed_exemplars(questions, asked, n):
-    """(B, n) bool over the pool's first n exemplars: all but those that ask the very question."""
-    allowed = torch.ones(len(questions), n, dtype=torch.bool)
     for b, question in enumerate(questions):
-        allowed[b, [j for j in asked.get(data.question_key(question), []) if j < n]] = False
+        allowed[b, asked.get(data.question_key(question), [])] = False
     return allowed
 
 

@@ -41,9 +41,6 @@ class Chooser:
     threshold: float
     rng: np.random.Generator
 
-    def __post_init__(self):
-        self.where_asked = matching.where_asked(self.pool)
-
     @functools.cached_property
     def bm25(self):
         """Made when it is asked for: of a large pool it takes seconds."""
@@ -51,7 +48,7 @@ class Chooser:
 
     def choose(self, select, question, h):
         """-> (pool indices, their probabilities or None) for one question with features h (1, C)."""
-        allowed = matching.allowed_exemplars([question], self.where_asked, len(self.pool))  # (1, n)
+        allowed = matching.allowed_exemplars([question], self.pool)  # (1, n)
         z, z_pool = self.matcher.z(h), self.encoded.z
         if select == "pillow":
             allowed = self.matcher.narrow(h, self.encoded, allowed)
@@ -68,7 +65,7 @@ class Chooser:
     def explain(self, question, h, k=5):
         """The policy's first step: the k likeliest exemplars, their similarity and rank as neighbours."""
         z, z_pool = self.matcher.z(h), self.encoded.z
-        allowed = matching.allowed_exemplars([question], self.where_asked, len(self.pool))
+        allowed = matching.allowed_exemplars([question], self.pool)
         allowed = self.matcher.narrow(h, self.encoded, allowed)
         p = self.matcher.scores(h, self.encoded, torch.zeros(1, 0, dtype=torch.long), allowed).softmax(-1)[0]
         cosine = torch.nn.functional.cosine_similarity(z, z_pool).masked_fill(~allowed[0], -1.0)  # (n,)

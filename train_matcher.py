@@ -44,13 +44,9 @@ class Task:
     reward: dict  # {name: weight}
     shots: int
 
-    def __post_init__(self):
-        self.where_asked = matching.where_asked(self.pool)
-
-    def allowed(self, part, rows=None):
-        """(B, n) bool: the exemplars that questions `rows` of a part may get (None: of all its questions)."""
-        questions = self.questions[part] if rows is None else [self.questions[part][i] for i in rows]
-        return matching.allowed_exemplars(questions, self.where_asked, self.pool_sizes[part])
+    def __post_init__(self):  # {part: (N, n) bool}
+        self.allowed = {part: matching.allowed_exemplars(questions, self.pool[: self.pool_sizes[part]])
+                        for part, questions in self.questions.items()}
 
     @property
     def headline(self):
@@ -79,7 +75,7 @@ def reinforce(task, matcher, optimizer, rng, batch_size, rollouts):
     rows = torch.randperm(len(task.questions["train"]), generator=rng)[:batch_size]
     h = task.h["train"][rows]  # (B, C)
     encoded = matcher.encode(task.h_pool("train"))
-    allowed = matcher.narrow(h, encoded, task.allowed("train", rows))  # (B, n)
+    allowed = matcher.narrow(h, encoded, task.allowed["train"][rows])  # (B, n)
     picks = matcher.sample(h, encoded, allowed, task.shots, rollouts, rng)  # (B, K, m)
     questions = [task.questions["train"][i] for i in rows for _ in range(rollouts)]
     chosen = matching.as_lists(picks)
@@ -142,7 +138,7 @@ def begin(task, matcher, args):
     rehearsed if it helps, validated -> Progress."""
     matcher.standardise(task.h_pool("train"))
     h, encoded = task.h["train"][:256], matcher.encode(task.h_pool("train"))
-    allowed = matcher.narrow(h, encoded, task.allowed("train", range(len(h))))
+    allowed = matcher.narrow(h, encoded, task.allowed["train"][:256])
     # stop_prior None (free text): *stop* starts as the tuned threshold; 0 (short answers): hardly ever
     if args.stop_prior is None:
         matcher.stop_below(threshold_on_training(task, matcher))
@@ -178,7 +174,7 @@ def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
 
 def validate(task, matcher):
     """Greedy reward on validation questions, and whether the policy has collapsed."""
-    h, h_pool, allowed = task.h["val"], task.h_pool("val"), task.allowed("val")
+    h, h_pool, allowed = task.h["val"], task.h_pool("val"), task.allowed["val"]
     picks = matching.select_likeliest(matcher, h, h_pool, allowed, task.shots)
     reward = task.env.score(task.reward, task.questions["val"], picks, "validation").mean()
     return float(reward), rl.collapse_figures(picks)
@@ -192,14 +188,14 @@ def threshold_on_training(task, matcher, limit=200):
     without."""
     z, z_pool = matcher.z(task.h["train"][:limit]), matcher.z(task.h_pool("train"))
     questions = task.questions["train"][:limit]
-    near = matching.select_nearest(z, z_pool, task.allowed("train", range(len(z))), task.shots)
+    near = matching.select_nearest(z, z_pool, task.allowed["train"][:limit], task.shots)
     behind, alone = (task.env.score(task.reward, questions, p, "threshold") for p in (near, [[]] * len(near)))
     return matching.tune_threshold(matching.similarity(z, z_pool, near), torch.from_numpy(behind - alone))
 
 
 def choose_all(task, matcher, threshold, fixed, seed):
     """{selector: picks for every test question}, for all selectors but the oracle."""
-    h, h_pool, allowed, shots = task.h["test"], task.h_pool("test"), task.allowed("test"), task.shots
+    h, h_pool, allowed, shots = task.h["test"], task.h_pool("test"), task.allowed["test"], task.shots
     z, z_pool = matcher.z(h), matcher.z(h_pool)
     bm25 = matching.BM25([data.query_text(e) for e in task.pool])
     return {
@@ -218,7 +214,7 @@ def oracle(task, matcher, chosen, best, tried):
 
     best (N,): the highest score so far; where nothing can be better, the neighbours are not tried."""
     z, z_pool = matcher.z(task.h["test"]), matcher.z(task.h_pool("test"))
-    near = matching.select_nearest(z, z_pool, task.allowed("test"), tried)
+    near = matching.select_nearest(z, z_pool, task.allowed["test"], tried)
     perfect = 0 if task.headline == "logprob" else 1  # the highest score there is
     tries = [[picks[b] for picks in chosen.values()] + [[j] for j in near[b] if best[b] < perfect]
              for b in range(len(near))]
@@ -238,7 +234,7 @@ def compare(task, matcher, threshold, args, sft):
     def measure(env, picks, what):
         return {x: env.score({x: 1.0}, test[:n], picks[:n], f"test: {what}") for x, n in metrics.items()}
 
-    fixed = rl.best_fixed(task.env, task.reward, task.questions["train"], task.allowed("train"), args.seed)
+    fixed = rl.best_fixed(task.env, task.reward, task.questions["train"], task.allowed["train"], args.seed)
     chosen = choose_all(task, matcher, threshold, fixed, args.seed)
     scores = {selector: measure(task.env, picks, selector) for selector, picks in chosen.items()}
     best = np.max([by_metric[task.headline] for by_metric in scores.values()], 0)
@@ -257,7 +253,7 @@ def swap_pool(task, matcher):
     old = task.pool_sizes["val"]
     if old == len(task.pool):
         return {}
-    h, h_pool, allowed = task.h["test"], task.h["pool"][old:], task.allowed("test")[:, old:]
+    h, h_pool, allowed = task.h["test"], task.h["pool"][old:], task.allowed["test"][:, old:]
     picks = {"knn": matching.select_nearest(matcher.z(h), matcher.z(h_pool), allowed, task.shots),
              "pillow": matching.select_likeliest(matcher, h, h_pool, allowed, task.shots)}
     return {who: task.env.score({task.headline: 1.0}, task.questions["test"],

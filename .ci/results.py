@@ -111,7 +111,7 @@ def load(out, **flags):
 def features(out):
     """The nearest neighbour, untrained, on validation questions: by which features is it the best?"""
     task, settings, *_ = load(out, n_train=1, n_val=300, n_test=1)
-    questions, allowed, rewards = task.questions["val"], task.allowed("val"), {}
+    questions, allowed, rewards = task.questions["val"], task.allowed["val"], {}
     base = GPT.from_pretrained(settings["model"], task.env.model.embed.weight.dtype, task.env.model.device)
     h = matching.cached_features(base, task.env.enc, task.pool + questions, "the base model")
     h_pool, h = h[: task.pool_sizes["val"]], h[len(task.pool) :]
@@ -139,7 +139,7 @@ def probe(out, k=8):
     m = matching.Matcher(h_pool.shape[1])
     m.standardise(h_pool)
     z, z_pool = m.z(task.h["train"]), m.z(h_pool)
-    near = np.array(matching.select_nearest(z, z_pool, task.allowed("train", range(n)), k))  # (n, k)
+    near = np.array(matching.select_nearest(z, z_pool, task.allowed["train"], k))  # (n, k)
     R = np.stack([task.env.score({"logprob": 1}, questions, near[:, [j]].tolist(), f"rank {j + 1}")
                   for j in range(k)], 1)  # (n, k)
 
