@@ -201,11 +201,10 @@ def allowed_exemplars(questions, pool):
 
 
 @torch.no_grad()
-def select_likeliest(matcher, h, h_pool, allowed, shots):
-    """The matcher's greedy picks, a list of pool indices per question; some questions at a time bound the
-    memory."""
-    encoded, picks = matcher.encode(h_pool), []
-    for some, rows in zip(h.split(at_once(h_pool)), allowed.split(at_once(h_pool))):
+def select_likeliest(matcher, h, encoded, allowed, shots):
+    """The matcher's greedy picks; some questions at a time bound the memory."""
+    picks, n = [], at_once(encoded.z)
+    for some, rows in zip(h.split(n), allowed.split(n)):
         rows = matcher.narrow(some, encoded, rows)
         picks += as_lists(matcher.play(some, encoded, rows, shots)[0])
     return picks
@@ -304,6 +303,20 @@ class BM25:
             order = np.argsort(-np.where(row, scores, -np.inf), kind="stable")
             picks.append([int(j) for j in order[:shots] if row[j]])
         return picks
+
+
+@torch.no_grad()
+def choose_all(matcher, encoded, bm25, questions, h, allowed, shots, threshold, seed):
+    """{selector: picks for every question}, for all selectors that need no language model."""
+    z, z_pool = matcher.z(h), encoded.z
+    return {
+        "none": [[] for _ in questions],
+        "random": select_random(allowed, shots, seed),
+        "bm25": bm25.select([data.query_text(q) for q in questions], allowed, shots),
+        "knn": select_nearest(z, z_pool, allowed, shots),
+        "threshold": select_threshold(z, z_pool, allowed, shots, threshold),
+        "pillow": select_likeliest(matcher, h, encoded, allowed, shots),
+    }
 
 
 # ---- plumbing: skip on a first reading ---------------------------------------------------------------------

@@ -12,7 +12,6 @@ Without --prompt it reads questions from standard input until it ends, a line ea
 """
 
 import contextlib
-import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,43 +31,20 @@ SELECTORS = ("pillow", "knn", "threshold", "bm25", "random", "none")
 
 @dataclass
 class Chooser:
-    """What choosing needs: the pool, its encoding, and the selectors' settings."""
+    """What choosing needs: the matcher, the pool, and the selectors' settings."""
 
     matcher: matching.Matcher
     pool: list  # examples
     encoded: matching.Encoded
+    bm25: matching.BM25
     shots: int
     threshold: float
     rng: np.random.Generator
 
-    @functools.cached_property
-    def bm25(self):
-        """Made when it is asked for: of a large pool it takes seconds."""
-        return matching.BM25([data.query_text(e) for e in self.pool])
-
-    def choose(self, select, question, h):
-        """-> (pool indices, their probabilities or None) for one question with features h (1, C)."""
-        allowed = matching.allowed_exemplars([question], self.pool)  # (1, n)
-        z, z_pool = self.matcher.z(h), self.encoded.z
-        if select == "pillow":
-            allowed = self.matcher.narrow(h, self.encoded, allowed)
-            picks, chances = self.matcher.play(h, self.encoded, allowed, self.shots)
-            return matching.as_lists(picks)[0], chances[0].tolist()
-        others = {
-            "knn": lambda: matching.select_nearest(z, z_pool, allowed, self.shots),
-            "threshold": lambda: matching.select_threshold(z, z_pool, allowed, self.shots, self.threshold),
-            "bm25": lambda: self.bm25.select([data.query_text(question)], allowed, self.shots),
-            "random": lambda: matching.select_random(allowed, self.shots, self.rng),
-            "none": lambda: [[]]}
-        return others[select]()[0], None
-
-    def explain(self, question, h, k=5):
+    def explain(self, h, allowed, k=5):
         """The policy's first step: the k likeliest exemplars, their similarity and rank as neighbours."""
-        z, z_pool = self.matcher.z(h), self.encoded.z
-        allowed = matching.allowed_exemplars([question], self.pool)
-        allowed = self.matcher.narrow(h, self.encoded, allowed)
         p = self.matcher.scores(h, self.encoded, torch.zeros(1, 0, dtype=torch.long), allowed).softmax(-1)[0]
-        cosine = torch.nn.functional.cosine_similarity(z, z_pool).masked_fill(~allowed[0], -1.0)  # (n,)
+        cosine = torch.cosine_similarity(self.matcher.z(h), self.encoded.z).masked_fill(~allowed[0], -1.0)
         print("        p  similarity  rank")
         for j in p[:-1].topk(min(k, int(allowed.sum()))).indices.tolist():
             rank = 1 + int((cosine > cosine[j]).sum())
@@ -114,16 +90,21 @@ def ask(env, chooser, question, args):
     if any(data.quote(text) != text for text in question.values()):
         print("(lines that look like a section heading were quoted, so that they stay part of the question)")
     env.prompt(question, [], args.max_new_tokens)  # one that is too long by itself is refused here
-    h = env.model.features([data.encode_query(env.enc, question)])
+    h = env.model.features([data.encode_query(env.enc, question)])  # (1, C)
+    matcher, encoded, shots = chooser.matcher, chooser.encoded, chooser.shots
+    allowed = matching.allowed_exemplars([question], chooser.pool)  # (1, n)
+    chosen = matching.choose_all(matcher, encoded, chooser.bm25, [question], h, allowed, shots,
+                                 chooser.threshold, chooser.rng)
+    allowed = matcher.narrow(h, encoded, allowed)
     for select in SELECTORS if args.compare else [args.select]:
-        picks, chances = chooser.choose(select, question, h)
+        (picks,), chances = chosen[select], None
         print(f"\n[{select}]" + ("" if picks else " no exemplar"))
-        if select == "pillow" and args.explain:
-            chooser.explain(question, h)
-        if select == "pillow" and picks:
-            near, _ = chooser.choose("knn", question, h)
-            likeness = matching.similarity(chooser.matcher.z(h), chooser.encoded.z, [near]).item()
-            if likeness < chooser.threshold:
+        if select == "pillow":
+            chances = matcher.play(h, encoded, allowed, shots)[1][0].tolist()
+            if args.explain:
+                chooser.explain(h, allowed)
+            likeness = matching.similarity(matcher.z(h), encoded.z, chosen["knn"]).item()
+            if picks and likeness < chooser.threshold:
                 print(f"(the nearest exemplar's similarity is {likeness:.2f}; on training questions "
                       f"exemplars helped above {chooser.threshold:.2f})")
         answer(env, question, picks, chances, args)
@@ -179,8 +160,8 @@ def load(args, p):
     lora.merge(model, keep_base=False)
     encoded = matcher.encode(matching.cached_features(model, enc, pool, "the pool", digest))
     env = rl.Environment(model, enc, pool, args.max_new_tokens, block=1)  # only the chosen one
-    threshold = settings.get("threshold", -1.0)
-    return env, Chooser(matcher, pool, encoded, shots, threshold, np.random.default_rng(args.seed))
+    bm25, rng = matching.BM25([data.query_text(e) for e in pool]), np.random.default_rng(args.seed)
+    return env, Chooser(matcher, pool, encoded, bm25, shots, settings.get("threshold", -1.0), rng)
 
 
 @torch.no_grad()

@@ -174,8 +174,8 @@ def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
 
 def validate(task, matcher):
     """Greedy reward on validation questions, and whether the policy has collapsed."""
-    h, h_pool, allowed = task.h["val"], task.h_pool("val"), task.allowed["val"]
-    picks = matching.select_likeliest(matcher, h, h_pool, allowed, task.shots)
+    encoded = matcher.encode(task.h_pool("val"))
+    picks = matching.select_likeliest(matcher, task.h["val"], encoded, task.allowed["val"], task.shots)
     reward = task.env.score(task.reward, task.questions["val"], picks, "validation").mean()
     return float(reward), rl.collapse_figures(picks)
 
@@ -191,22 +191,6 @@ def threshold_on_training(task, matcher, limit=200):
     near = matching.select_nearest(z, z_pool, task.allowed["train"][:limit], task.shots)
     behind, alone = (task.env.score(task.reward, questions, p, "threshold") for p in (near, [[]] * len(near)))
     return matching.tune_threshold(matching.similarity(z, z_pool, near), torch.from_numpy(behind - alone))
-
-
-def choose_all(task, matcher, threshold, fixed, seed):
-    """{selector: picks for every test question}, for all selectors but the oracle."""
-    h, h_pool, allowed, shots = task.h["test"], task.h_pool("test"), task.allowed["test"], task.shots
-    z, z_pool = matcher.z(h), matcher.z(h_pool)
-    bm25 = matching.BM25([data.query_text(e) for e in task.pool])
-    return {
-        "none": [[] for _ in h],
-        "random": matching.select_random(allowed, shots, seed),
-        "fixed": [[j for j in fixed if row[j]][:shots] for row in allowed],
-        "bm25": bm25.select([data.query_text(q) for q in task.questions["test"]], allowed, shots),
-        "knn": matching.select_nearest(z, z_pool, allowed, shots),
-        "threshold": matching.select_threshold(z, z_pool, allowed, shots, threshold),
-        "pillow": matching.select_likeliest(matcher, h, h_pool, allowed, shots),
-    }
 
 
 def oracle(task, matcher, chosen, best, tried):
@@ -235,7 +219,11 @@ def compare(task, matcher, threshold, args, sft):
         return {x: env.score({x: 1.0}, test[:n], picks[:n], f"test: {what}") for x, n in metrics.items()}
 
     fixed = rl.best_fixed(task.env, task.reward, task.questions["train"], task.allowed["train"], args.seed)
-    chosen = choose_all(task, matcher, threshold, fixed, args.seed)
+    encoded, allowed = matcher.encode(task.h_pool("test")), task.allowed["test"]
+    bm25 = matching.BM25([data.query_text(e) for e in task.pool])
+    chosen = matching.choose_all(matcher, encoded, bm25, test, task.h["test"], allowed, task.shots, threshold,
+                                 args.seed)
+    chosen["fixed"] = [[j for j in fixed if row[j]][: task.shots] for row in allowed]
     scores = {selector: measure(task.env, picks, selector) for selector, picks in chosen.items()}
     best = np.max([by_metric[task.headline] for by_metric in scores.values()], 0)
     chosen["oracle"] = oracle(task, matcher, chosen, best, args.oracle)
@@ -253,9 +241,9 @@ def swap_pool(task, matcher):
     old = task.pool_sizes["val"]
     if old == len(task.pool):
         return {}
-    h, h_pool, allowed = task.h["test"], task.h["pool"][old:], task.allowed["test"][:, old:]
-    picks = {"knn": matching.select_nearest(matcher.z(h), matcher.z(h_pool), allowed, task.shots),
-             "pillow": matching.select_likeliest(matcher, h, h_pool, allowed, task.shots)}
+    h, encoded, allowed = task.h["test"], matcher.encode(task.h["pool"][old:]), task.allowed["test"][:, old:]
+    picks = {"knn": matching.select_nearest(matcher.z(h), encoded.z, allowed, task.shots),
+             "pillow": matching.select_likeliest(matcher, h, encoded, allowed, task.shots)}
     return {who: task.env.score({task.headline: 1.0}, task.questions["test"],
                                 [[j + old for j in row] for row in rows], "swapped pool").mean().item()
             for who, rows in picks.items()}
