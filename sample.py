@@ -148,8 +148,6 @@ def load(args, p):
     matcher, settings = matching.load(folder)
     pool = data.load_pool(args.pool or folder / "pool.json")
     shots = args.shots or settings["shots"]
-    if shots > len(pool):
-        raise UserError(f"--shots {shots} is more than the pool's {len(pool)} exemplars")
     name = settings["model"] if args.model == p.get_default("model") else args.model
     device, dtype = setup(args)
     model, enc = GPT.from_pretrained(name, dtype, device), data.load_tokenizer(name)

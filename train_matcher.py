@@ -366,8 +366,6 @@ def settle(args, p, made_with, adapter, examples, pool):
     for name, default in kind.items():
         if getattr(args, name) is None:
             setattr(args, name, made_with.get(name, default))
-    if 0 < args.candidates < args.shots:
-        p.error(f"--shots {args.shots}: the matcher chooses from --candidates {args.candidates} only")
     dtype = made_with.get("dtype", args.dtype).removeprefix("torch.")
     kept = {"seed": made_with.get("seed", args.seed), "model": adapter["model"], "dtype": dtype}
     for name, value in kept.items():
@@ -431,8 +429,6 @@ def load(args, p, ddp):
                  "test": parts["test"][: args.n_test]}
     pool = own_pool or parts["pool"]
     n = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
-    if args.shots > n["train"]:
-        raise UserError(f"--shots {args.shots} is more than the pool's {n['train']} exemplars")
     every = [q for part in questions.values() for q in part]
     lora.load(model, folder)
     lora.merge(model, keep_base=False)  # features and rollouts at the speed of the plain model
