@@ -136,8 +136,8 @@ class Environment:
             for part in self.ddp.gather(dict(zip(mine, found))):
                 self.memo |= {keys[i]: outcome for i, outcome in part.items()}
             if self.memo_path and self.ddp.rank == 0:
-                with open(self.memo_path, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps([keys[i], self.memo[keys[i]]]) + "\n" for i in chunk)
+                with open(self.memo_path, "a", encoding="utf-8") as file:  # "\n" first: behind a line cut short
+                    file.writelines("\n" + json.dumps([keys[i], self.memo[keys[i]]]) for i in chunk)
             bar.update(len(chunk))
         bar.close()
         return [self.memo[k] for k in keys]
@@ -270,11 +270,8 @@ def bootstrap(difference, groups=None):
 def read_memo(path):
     """The outcomes in a --memo file; a line that an interruption cut short is an outcome to find again."""
     path.touch()  # one that cannot be written is a mistake to find now
-    text, memo = path.read_text(encoding="utf-8", errors="replace"), {}
-    if text and not text.endswith("\n"):
-        with open(path, "a", encoding="utf-8") as f:
-            f.write("\n")
-    for line in text.splitlines():
+    memo = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             key, outcome = json.loads(line)
             match outcome:
