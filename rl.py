@@ -73,16 +73,12 @@ LIKELIHOODS = "logprob", "prob"
 
 def parse_reward(text):
     """'exact', 'rouge', 'logprob', 'prob' or a mix such as 'rouge:0.5,logprob:0.5' -> {name: weight}."""
-    weights = {}
-    for part in text.split(","):
-        name, _, weight = part.strip().partition(":")
-        with contextlib.suppress(ValueError):
-            if name in (*SCORES, *LIKELIHOODS) and name not in weights and 0 < float(weight or 1) < np.inf:
-                weights[name] = float(weight or 1)
-                continue
-        names = ", ".join((*SCORES, *LIKELIHOODS))
-        raise data.UserError(f"--reward {text}: use {names}, or a mix such as rouge:0.5,logprob:0.5")
-    return weights
+    names, parts = (*SCORES, *LIKELIHOODS), [part.strip().partition(":") for part in text.split(",")]
+    with contextlib.suppress(ValueError):
+        weights = {name: float(weight or 1) for name, _, weight in parts if name in names}
+        if len(weights) == len(parts) and all(0 < weight < np.inf for weight in weights.values()):
+            return weights
+    raise data.UserError(f"--reward {text}: use {', '.join(names)}, or a mix such as rouge:0.5,logprob:0.5")
 
 
 # ---- the language model as an environment that remembers ------------------------------------------------
