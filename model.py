@@ -361,10 +361,6 @@ class GPT(nn.Module):
         setting is not supported, or a weight missing, unexpected, of another shape or type, or not finite."""
         return load(data.resolve_model(name_or_dir), dtype, device)
 
-    def save_pretrained(self, folder, source):
-        """Write the weights, `source`'s config and its tokenizer: a folder that `--model` accepts."""
-        save(self, Path(folder), Path(source))
-
 
 def pick_token(logits, temperature, top_k, rng):
     """logits (B, V) float32 -> the next id of each row (B,)."""
@@ -634,7 +630,7 @@ def load(folder, dtype, device):
 
 
 def save(model, folder, source):
-    """See GPT.save_pretrained. config.json is made to tell the head and the type that are saved."""
+    """Write the weights, `source`'s config (with the head and type saved) and its tokenizer, as --model reads."""
     ours, keys = model.state_dict(), hf_keys(model.config).items()
     state = {theirs: ours[name].t() if t else ours[name] for name, (theirs, t) in keys}
     data.write_safetensors(folder / "model.safetensors", state, {"format": "pt"})

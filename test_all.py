@@ -2155,7 +2155,7 @@ def test_the_heads_that_count_are_those_that_count_in_transformers():
             data.write_json(d / "config.json", data.read_json(d / "config.json") | tied)
             ours = model.GPT.from_pretrained(d)
             assert ours.config.tied == (what not in ("another head", "a copy but untied"))
-            ours.save_pretrained(d / "again", d)
+            model.save(ours, d / "again", d)
             assert model.GPT.from_pretrained(d / "again").config == ours.config, what
             for saved in (d, d / "again"):
                 theirs = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
@@ -2253,7 +2253,7 @@ def test_a_saved_model_is_the_same_model_to_transformers_too():
                 (d / "a" / name).write_text(content)
             m, ids = model.GPT.from_pretrained(d / "a", dtype), torch.tensor(ragged(30))
             m.blocks[0].norm1.weight.add_(0.5)  # as if trained
-            m.save_pretrained(d / "b", d / "a")
+            model.save(m, d / "b", d / "a")
             again = model.GPT.from_pretrained(d / "b", dtype)
             assert torch.equal(again(ids), m(ids)) and again.config == m.config
             assert again.fingerprint != model.GPT.from_pretrained(d / "a").fingerprint

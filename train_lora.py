@@ -31,7 +31,7 @@ import data
 import lora
 import matcher as matching
 from data import UserError
-from model import GPT, pad, setup
+from model import GPT, pad, save, setup
 
 
 @dataclass
@@ -347,7 +347,7 @@ def main():
 
     def save_best():
         if ddp.rank == 0 and args.full:
-            model.save_pretrained(folder, model.folder)
+            save(model, folder, model.folder)
             data.write_json(folder / "pillow.json", settings)
         elif ddp.rank == 0:
             lora.save(model, folder, data.origin(args.model), settings)
