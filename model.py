@@ -271,8 +271,6 @@ class GPT(nn.Module):
         prefixes: for each prompt the index in `prefix_cache` of what stands in front of it, or None.
         on_token(row, id) is called for every new token, as it appears. ValueError: see `check`.
         """
-        if temperature < 0:
-            raise ValueError("temperature must be 0 (greedy) or positive")
         eos = set(self.config.eos_ids if eos_ids is None else eos_ids)
         rng = torch.Generator(self.device)
         rng.manual_seed(seed) if seed is not None else rng.seed()
