@@ -958,7 +958,7 @@ def pointless(p, args, why, *names):
 def same_settings(now, then, path, free=()):
     """A resumed run must be the one that was interrupted, but for `free` settings and those that only name
     places: digests among the settings say what is there."""
-    free = {"out", "data", "model", "pool", "lora", *free}
+    free = {"data", "model", "pool", "lora", *free}
     for key, value in now.items():
         if key not in free and then.get(key) != value:
             raise UserError(f"--resume: {path} was made with {key} = {then.get(key)!r}, not {value!r}")

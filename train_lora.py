@@ -22,7 +22,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -335,8 +334,7 @@ def main():
     examples = data.keep_short(enc, examples, args.max_tokens, args.data)
     texts = load_texts(args, model.config.n_ctx, enc, data.split(examples, args.seed))
     run = prepare(model, args)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
-                if k not in ("resume", "threads", "device")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "threads", "device")}
     settings |= {"fingerprint": model.fingerprint, "template": data.TEMPLATE_VERSION, "n_train": texts.n,
                  "dtype": str(dtype), "rows": data.digest_rows(examples)}
     n, everything = (sum(t.numel() for t in ps) for ps in (run.trainable, model.parameters()))

@@ -404,7 +404,7 @@ def load(args, p, ddp):
     if args.eval_only and "llm_calls" not in made_with:
         raise UserError(f"{args.out / 'matcher'}: its training did not end; go on with --resume")
     if made_with.get("pool") and not args.pool:
-        args.pool = args.out / "matcher" / "pool.json"  # the file it was may be gone
+        args.pool = str(args.out / "matcher" / "pool.json")  # the file it was may be gone
     folder = Path(args.lora or args.out / "lora")
     adapter = read_adapter(folder, args.out)
     then = made_with.get("rows", adapter["rows"])  # those that the matcher was trained on, however called
@@ -476,9 +476,8 @@ def unknown(examples, known):
 
 def describe(args, made_from, made_with, examples):
     """-> (settings that are kept beside the matcher, what else results.json says)."""
-    places = ("resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in places}
-    settings |= made_from
+    places = ("out", "resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")
+    settings = {k: v for k, v in vars(args).items() if k not in places} | made_from
     if made_with and any(made_with[k] != made_from[k] for k in ("fingerprint", "adapter")):
         raise UserError(f"{args.out / 'matcher'}: trained with another model or adapter; train it again")
     about = {k: settings[k] for k in ("model", "data", "shots", "seed", "dtype")} | {"examples": examples}
