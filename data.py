@@ -620,7 +620,7 @@ def read_safetensors(path, skip=()):
             for name in file.keys():
                 if name.endswith(skip):
                     continue
-                tensor = file.get_tensor(name)
+                tensor = file.get_tensor(name).clone()  # a view keeps the file open: Windows replaces none that is
                 if tensor.dtype not in floats or not tensor.isfinite().all():
                     raise UserError(f"{path}: {name!r} ({tensor.dtype}) holds what is no finite number")
                 yield name, tensor
@@ -643,8 +643,7 @@ def read_checkpoint(path):
     """-> (tensors, state) as write_checkpoint wrote them, or None when there is no such file."""
     if not Path(path).exists():
         return None
-    # A view would keep the file open, and Windows replaces no open file.
-    tensors = {name: tensor.clone() for name, tensor in read_safetensors(path)}
+    tensors = dict(read_safetensors(path))
     with safe_open(path, "pt") as file:
         return tensors, parse_json((file.metadata() or {}).get("state", "null"), path)
 

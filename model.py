@@ -608,7 +608,6 @@ def load(folder, dtype, device):
         want = shapes[ours][::-1] if transposed else shapes[ours]
         if tensor.shape != want:
             raise UserError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, config.json asks for {want}")
-        # a copy: a view would keep the file open, and Windows replaces no open file
         tensor = tensor.t() if transposed else tensor
         state[ours] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     one = state.get("embed.weight", state.get("lm_head.weight"))
