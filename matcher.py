@@ -222,13 +222,11 @@ def at_once(pool):
 
 def select_nearest(z, z_pool, allowed, shots):
     """Nearest neighbours by cosine of standardised features z (B, C), z_pool (n, C), nearest first."""
-    picks, v, step = [], F.normalize(z_pool, dim=-1).t(), at_once(z_pool)
-    for s in range(0, len(z), step):
-        cosine = F.normalize(z[s : s + step], dim=-1) @ v  # (b, n)
-        cosine = cosine.masked_fill(~allowed[s : s + step], float("-inf"))
-        top = cosine.topk(min(shots, len(z_pool)), -1)
-        for near, values in zip(top.indices.tolist(), top.values.tolist()):
-            picks.append([j for j, value in zip(near, values) if value > float("-inf")])
+    picks, v, n = [], F.normalize(z_pool, dim=-1).t(), at_once(z_pool)
+    for some, rows in zip(z.split(n), allowed.split(n)):
+        cosine = (F.normalize(some, dim=-1) @ v).masked_fill(~rows, float("-inf"))  # (b, n)
+        near = cosine.topk(min(shots, len(v[0])), -1).indices.tolist()
+        picks += [[j for j in js if row[j]] for js, row in zip(near, rows)]
     return picks
 
 
