@@ -683,12 +683,12 @@ def reinforce(tower, h_pool, h, pays, steps=1, picks=None, K=2, optimizer=None, 
     optimizer = optimizer or torch.optim.SGD(tower.parameters(), 0.0)
     lr = optimizer.param_groups[0]["lr"]
     args = types.SimpleNamespace(steps=steps, seed=0, batch_size=len(h), rollouts=K, lr=lr, eval_every=10**9)
-    progress, bonus = train_matcher.Progress(0, -math.inf, []), rl.entropy_floor
+    log, bonus = [{"step": 0, "held_out": -math.inf}], rl.entropy_floor
     sample = tower.sample if picks is None else lambda *_: torch.tensor(picks)
     with patched(rl, "entropy_floor", lambda e: bonus(e, floor, 1.0)), patched(tower, "sample", sample), \
             patched(signal, "signal"):  # Ctrl-C still ends the tests
-        train_matcher.train(task, tower, optimizer, progress, args, lambda: None, lambda: None)
-    return progress.log
+        train_matcher.train(task, tower, optimizer, log, args, lambda: None, lambda: None)
+    return log[1:]
 
 
 @float64()
@@ -2812,7 +2812,7 @@ def test_labels_are_rehearsed_and_what_makes_it_worse_is_not_kept():
                     patched(train_matcher, "validate", side_effect=[(x, {"none": x}) for x in held_out]):
                 works("train_matcher", "--reward", "prob", *flags, cwd=d)
             assert (matcher.load(d / "out/matcher")[0].tau.item() == 9.0) == kept
-            row, = data.read_checkpoint(d / "out/last_matcher.safetensors")[1]["progress"]["log"]
+            row, = data.read_checkpoint(d / "out/last_matcher.safetensors")[1]["log"]
             assert row["held_out"] == row["held_out_figures"]["none"] == 0.5
 
 

@@ -58,15 +58,6 @@ class Task:
         return self.h["pool"][: self.pool_sizes[part]]
 
 
-@dataclass
-class Progress:
-    """What a resumed run goes on from, besides the weights."""
-
-    step: int
-    best: float
-    log: list
-
-
 # ---- the loop --------------------------------------------------------------------------------------
 
 
@@ -101,26 +92,25 @@ def decay(optimizer, lr, done):
         group["lr"] = lr * (1 - done)
 
 
-def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
-    """REINFORCE from progress.step to args.steps; every `eval_every` steps the matcher is validated and
-    saved."""
+def train(task, matcher, optimizer, log, args, save_best, checkpoint):
+    """REINFORCE from the log's last step on; every `eval_every` steps the matcher is validated and saved."""
     interrupt, start, ddp = data.Interrupt(), time.perf_counter(), task.env.ddp
-    bar = tqdm(total=args.steps, initial=progress.step, desc="REINFORCE", disable=ddp.rank > 0)
-    for step in range(progress.step, args.steps):
+    done, best = log[-1]["step"], max(row["held_out"] for row in log if "held_out" in row)
+    bar = tqdm(total=args.steps, initial=done, desc="REINFORCE", disable=ddp.rank > 0)
+    for step in range(done, args.steps):
         rng = torch.Generator().manual_seed((args.seed << 20) + step)  # a resumed run draws the same
         decay(optimizer, args.lr, step / args.steps)
         row = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"],
                **reinforce(task, matcher, optimizer, rng, args.batch_size, args.rollouts),
                "seconds": round(time.perf_counter() - start, 1)}
-        progress.step = step + 1
-        progress.log.append(row)
+        log.append(row)
         bar.set_postfix_str(f"reward {row['reward']:.3f}, entropy {row['entropy']:.2f}, {row['calls']} calls")
         bar.update()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             row["held_out"], row["held_out_figures"] = validate(task, matcher)
             row["calls"] = len(task.env.asked)  # validation asks, too
-            if better := row["held_out"] > progress.best:
-                progress.best = row["held_out"]
+            if better := row["held_out"] > best:
+                best = row["held_out"]
                 save_best()
             checkpoint()
             bar.write(f"step {step + 1:4d}  reward {row['reward']:.3f}  validation {row['held_out']:.3f}"
@@ -135,7 +125,7 @@ def train(task, matcher, optimizer, progress, args, save_best, checkpoint):
 
 def begin(task, matcher, args):
     """Where REINFORCE starts: as sharp as the pool asks for, stopping as a threshold would on free text,
-    rehearsed if it helps, validated -> Progress."""
+    rehearsed if it helps, validated -> the log."""
     matcher.standardise(task.h_pool("train"))
     h, encoded = task.h["train"][:256], matcher.encode(task.h_pool("train"))
     allowed = matcher.narrow(h, encoded, task.allowed["train"][:256])
@@ -156,8 +146,7 @@ def begin(task, matcher, args):
             matcher.load_state_dict(before)
         else:
             held_out, figures = rehearsed, new
-    row = {"step": 0, "held_out": held_out, "held_out_figures": figures, "calls": len(task.env.asked)}
-    return Progress(0, held_out, [row])
+    return [{"step": 0, "held_out": held_out, "held_out_figures": figures, "calls": len(task.env.asked)}]
 
 
 def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
@@ -489,7 +478,7 @@ def describe(args, made_from, made_with, examples):
 
 
 def resume(path, task, matcher, optimizer, settings):
-    """Restore the checkpoint that `save_checkpoint` wrote -> Progress, or None where there is none."""
+    """Restore the checkpoint that `save_checkpoint` wrote -> the log, or None where there is none."""
     if (saved := data.read_checkpoint(path)) is None:
         return None
     tensors, state = saved
@@ -499,20 +488,20 @@ def resume(path, task, matcher, optimizer, settings):
         for k, p in matcher.named_parameters():
             if f"{k}.exp_avg" in tensors:
                 moments = {s: tensors[f"{k}.{s}"].view_as(p) for s in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": torch.tensor(float(state["progress"]["step"]))} | moments
+                optimizer.state[p] = {"step": torch.tensor(float(state["log"][-1]["step"]))} | moments
         task.env.asked, task.env.memo = set(state["memo"]), task.env.memo | state["memo"]
-        print(f"resumed at step {state['progress']['step']}")
-        return Progress(**state["progress"])
+        print(f"resumed at step {state['log'][-1]['step']}")
+        return state["log"]
 
 
-def save_checkpoint(path, task, matcher, optimizer, progress, settings):
+def save_checkpoint(path, task, matcher, optimizer, log, settings):
     tensors = matcher.state_dict()
     for k, p in matcher.named_parameters():
         tensors |= {f"{k}.{s}": t for s, t in optimizer.state.get(p, {}).items() if s != "step"}
     memo = {k: task.env.memo[k] for k in sorted(task.env.asked)}  # what else a --memo knows, it keeps
     # the log first: after a kill between the two, the run that goes on writes it again
-    data.write_lines(path.with_name("log_matcher.jsonl"), progress.log)
-    data.write_checkpoint(path, tensors, {"progress": vars(progress), "memo": memo, "settings": settings})
+    data.write_lines(path.with_name("log_matcher.jsonl"), log)
+    data.write_checkpoint(path, tensors, {"log": log, "memo": memo, "settings": settings})
 
 
 def train_and_save(task, args, settings):
@@ -528,17 +517,17 @@ def train_and_save(task, args, settings):
 
     def checkpoint():
         if first:
-            save_checkpoint(path, task, matcher, optimizer, progress, settings)
+            save_checkpoint(path, task, matcher, optimizer, log, settings)
 
-    progress = resume(path, task, matcher, optimizer, settings) if args.resume else None
-    if progress is None:
-        progress = begin(task, matcher, args)
+    log = resume(path, task, matcher, optimizer, settings) if args.resume else None
+    if log is None:
+        log = begin(task, matcher, args)
         if first:
             data.write_json(folder / "pool.json", task.pool)
         checkpoint()  # --resume must not go on from one that an earlier run left
-    if progress.step == 0:
+    if log[-1]["step"] == 0:
         save_best()
-    train(task, matcher, optimizer, progress, args, save_best, checkpoint)
+    train(task, matcher, optimizer, log, args, save_best, checkpoint)
     settings["llm_calls"] = len(task.env.asked)
     task.env.ddp.wait()  # for the files of the first
     matcher, _ = matching.load(folder)  # the best, not the last
