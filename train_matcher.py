@@ -530,21 +530,18 @@ def train_and_save(task, args, settings):
     train(task, matcher, optimizer, log, args, save_best, checkpoint)
     settings["llm_calls"] = len(task.env.asked)
     task.env.ddp.wait()  # for the files of the first
-    matcher, _ = matching.load(folder)  # the best, not the last
-    settings["threshold"] = threshold_on_training(task, matcher)  # for sample.py, too
-    save_best()
-    return matcher
 
 
 def main():
     args, p = read_flags()
     ddp, start = data.Processes(), time.perf_counter()
     task, settings, sft, about = load(args, p, ddp)
-    if args.eval_only:
-        matcher, _ = matching.load(args.out / "matcher")
-        settings["threshold"] = threshold_on_training(task, matcher)  # pool or reward may be new
-    else:
-        matcher = train_and_save(task, args, settings)
+    if not args.eval_only:
+        train_and_save(task, args, settings)
+    matcher, _ = matching.load(args.out / "matcher")  # the best, not the last
+    settings["threshold"] = threshold_on_training(task, matcher)  # pool or reward may be new
+    if not args.eval_only and ddp.rank == 0:
+        matching.save(matcher, args.out / "matcher", settings)  # with the threshold, for sample.py
     trained = time.perf_counter() - start
     scores, chosen = compare(task, matcher, settings["threshold"], args, sft)
     seconds = {"train": round(trained, 1), "all": round(time.perf_counter() - start, 1)}
