@@ -84,13 +84,9 @@ class Texts:
 
 def draw_batches(n, batch_size, steps, seed):
     """Rows for every step: each epoch a new permutation, so that none is repeated before all were seen."""
-    rng, queue, batches = random.Random(seed), [], []
-    for _ in range(steps):
-        while len(queue) < batch_size:
-            queue += rng.sample(range(n), n)
-        batches.append(queue[:batch_size])
-        del queue[:batch_size]
-    return batches
+    rng, drawn = random.Random(seed), steps * batch_size
+    queue = [i for _ in range(math.ceil(drawn / n)) for i in rng.sample(range(n), n)]
+    return [queue[s : s + batch_size] for s in range(0, drawn, batch_size)]
 
 
 def learning_rate(step, steps, peak, warmup):
