@@ -107,8 +107,7 @@ def train(task, matcher, optimizer, log, args, save_best, checkpoint):
         bar.set_postfix_str(f"reward {row['reward']:.3f}, entropy {row['entropy']:.2f}, {row['calls']} calls")
         bar.update()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            row["held_out"], row["held_out_figures"] = validate(task, matcher)
-            row["calls"] = len(task.env.asked)  # validation asks, too
+            row |= validate(task, matcher) | {"calls": len(task.env.asked)}  # validation asks, too
             if better := row["held_out"] > best:
                 best = row["held_out"]
                 save_best()
@@ -135,18 +134,18 @@ def begin(task, matcher, args):
     matcher.sharpen(h, encoded, allowed)
     if args.stop_prior:
         matcher.set_stop_prior(args.stop_prior, h, encoded, allowed)
-    held_out, figures = validate(task, matcher)
-    print(f"step    0  validation {held_out:.3f} (untrained)")
+    row = validate(task, matcher)
+    print(f"step    0  validation {row['held_out']:.3f} (untrained)")
     if args.rehearsal:
         before = copy.deepcopy(matcher.state_dict())
         rehearse(task, matcher, args.rehearsal, args.seed)
-        rehearsed, new = validate(task, matcher)
-        print(f"step    0  validation {rehearsed:.3f} (rehearsed)")
-        if rehearsed < held_out:
+        rehearsed = validate(task, matcher)
+        print(f"step    0  validation {rehearsed['held_out']:.3f} (rehearsed)")
+        if rehearsed["held_out"] < row["held_out"]:
             matcher.load_state_dict(before)
         else:
-            held_out, figures = rehearsed, new
-    return [{"step": 0, "held_out": held_out, "held_out_figures": figures, "calls": len(task.env.asked)}]
+            row = rehearsed
+    return [{"step": 0} | row | {"calls": len(task.env.asked)}]
 
 
 def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
@@ -166,7 +165,7 @@ def validate(task, matcher):
     encoded = matcher.encode(task.h_pool("val"))
     picks = matching.select_likeliest(matcher, task.h["val"], encoded, task.allowed["val"], task.shots)
     reward = task.env.score(task.reward, task.questions["val"], picks, "validation").mean()
-    return float(reward), rl.collapse_figures(picks)
+    return {"held_out": float(reward), "held_out_figures": rl.collapse_figures(picks)}
 
 
 # ---- the comparison, on questions never seen ---------------------------------------------------------
