@@ -321,13 +321,8 @@ def load_examples(name_or_path, flag="--data"):
 
 
 def load_pool(path):
-    """The exemplars in a file, a text once, though it may stand there under several groups."""
-    rows, unique = load_examples(path, "--pool"), {}
-    for e in rows:
-        unique.setdefault(digest(e), e)
-    if len(unique) < len(rows):
-        print(f"{path}: {len(rows) - len(unique):,} exemplars that differ in their group only left out")
-    return list(unique.values())
+    """The exemplars in a file, each text once, though it may stand there under several groups."""
+    return list({digest(e): e for e in load_examples(path, "--pool")}.values())
 
 
 def fetch_examples(name):
@@ -620,7 +615,7 @@ def read_safetensors(path, skip=()):
             for name in file.keys():
                 if name.endswith(skip):
                     continue
-                tensor = file.get_tensor(name).clone()  # a view keeps the file open: Windows replaces none that is
+                tensor = file.get_tensor(name).clone()  # a view would keep the file open
                 if tensor.dtype not in floats or not tensor.isfinite().all():
                     raise UserError(f"{path}: {name!r} ({tensor.dtype}) holds what is no finite number")
                 yield name, tensor
