@@ -133,8 +133,7 @@ def ends_in(target, *names):
 
 
 def target_names(model):
-    """The wrapped layers as PEFT knows them: a last name where all layers of that name are wrapped, else
-    whole names."""
+    """The wrapped layers as PEFT knows them: by last name where all of that name are, else by whole name."""
     every, wrapped = linear_layers(model), layers(model)
     last = {n: n.split(".")[-1] for n in every}
     partly = {last[n] for n in every if n not in wrapped}
@@ -157,8 +156,7 @@ def save(model, folder, base_model="", extra=None):
 
 
 def digest(folder):
-    """A short name for the adapter in a folder, its weights and what is done with them: matchers and memos
-    are tied to it."""
+    """A short name for an adapter's weights and what is done with them; matchers and memos are tied to it."""
     config = read_config(Path(folder) / "adapter_config.json")
     asked = json.dumps({key: config.get(key) for key in sorted(HONOURED - {"pillow"})})
     weights = data.digest_file(Path(folder) / "adapter_model.safetensors")

@@ -90,8 +90,7 @@ class Matcher(nn.Module):
         return Encoded(F.normalize(z + self.shared_mlp(z), dim=-1), z)
 
     def narrow(self, h, encoded, allowed):
-        """Only the `candidates` nearest of the allowed exemplars (B, n) stay allowed: large pools stay
-        learnable."""
+        """Of the allowed exemplars (B, n) only the `candidates` nearest stay: large pools stay learnable."""
         if not self.candidates:
             return allowed
         out = torch.zeros_like(allowed)
@@ -170,9 +169,8 @@ class Matcher(nn.Module):
 
     @torch.no_grad()
     def stop_below(self, t):
-        """Set the score of *stop* so that the likeliest first pick, before anything is learnt, is that of
-        `select_threshold` with this t. Untouched it is 0, so far below the nearest's cosine that *stop* is
-        hardly ever tried, or learnt."""
+        """Set the score of *stop* so that the untrained matcher's first pick is that of `select_threshold`.
+        Untouched it is 0, so far below the nearest's cosine that *stop* is hardly ever tried, or learnt."""
         self.question_mlp[-1].bias[-1] = t
 
     @torch.no_grad()
@@ -225,7 +223,7 @@ def select_nearest(z, z_pool, allowed, shots):
     picks, v, n = [], F.normalize(z_pool, dim=-1).t(), at_once(z_pool)
     for some, rows in zip(z.split(n), allowed.split(n)):
         cosine = (F.normalize(some, dim=-1) @ v).masked_fill(~rows, float("-inf"))  # (b, n)
-        near = cosine.topk(min(shots, len(v[0])), -1).indices.tolist()
+        near = cosine.topk(min(shots, len(z_pool)), -1).indices.tolist()
         picks += [[j for j in js if row[j]] for js, row in zip(near, rows)]
     return picks
 
@@ -321,8 +319,7 @@ def choose_all(matcher, encoded, bm25, questions, h, allowed, shots, threshold, 
 
 
 def cached_features(model, enc, examples, what, adapter="", cache="cache"):
-    """h(.) of each example's question, its answer left out, so that questions and exemplars are alike: (N,
-    C) float32.
+    """h(.) of each question, answers left out, so that questions and exemplars are alike: (N, C) float32.
 
     Every text is embedded once and kept in cache/features/, in a folder for each model and merged adapter
     (its digest). New texts are worked out 512 at a time, each part written when it is whole, so an
@@ -354,11 +351,8 @@ def cached_features(model, enc, examples, what, adapter="", cache="cache"):
 
 
 def save(matcher, folder, settings):
-    """matcher.safetensors (towers, tau, feature mean and std) and config.json (`settings`: what it was made
-    with).
-
-    config.json names the weights by their digest: two files cannot be renamed at once, and a kill in
-    between must not pair those of two runs."""
+    """matcher.safetensors (towers, tau, feature mean, std) and config.json (`settings`: what made it). The
+    latter names the weights by digest: a kill between the two must not pair those of two runs."""
     path = Path(folder) / "matcher.safetensors"
     data.write_safetensors(path, matcher.state_dict())
     data.write_json(Path(folder) / "config.json",

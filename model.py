@@ -627,7 +627,7 @@ def load(folder, dtype, device):
 
 
 def save(model, folder, source):
-    """Write the weights, `source`'s config (with the head and type saved) and its tokenizer, as --model reads."""
+    """Write weights, `source`'s config (head and type as now) and tokenizer: a folder for --model."""
     ours, keys = model.state_dict(), hf_keys(model.config).items()
     state = {theirs: ours[name].t() if t else ours[name] for name, (theirs, t) in keys}
     data.write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
@@ -764,8 +764,7 @@ def pick_dtype(name, device):
 
 
 def setup(args, ddp=None):
-    """Threads, device and dtype from the common flags, for all processes those of the first; says what was
-    chosen and why. -> (device, dtype)"""
+    """-> (device, dtype) from the common flags, for all processes those of the first; says which and why."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)

@@ -50,8 +50,7 @@ def words(text):
 
 
 def rouge_l(answer, reference):
-    """ROUGE-L F1 (Lin 2004): 2PR / (P + R) with P, R = longest common subsequence of words / words of
-    either text.
+    """ROUGE-L F1 (Lin 2004): 2PR / (P + R), P and R = longest common subsequence / words of either text.
 
     English splits as in the usual implementation, without stemming. Two empty texts agree (1.0)."""
     a, b = words(answer), words(reference)
@@ -132,7 +131,7 @@ class Environment:
             for part in self.ddp.gather(dict(zip(mine, found))):
                 self.memo |= {keys[i]: outcome for i, outcome in part.items()}
             if self.memo_path and self.ddp.rank == 0:
-                with open(self.memo_path, "a", encoding="utf-8") as file:  # "\n" first: behind a line cut short
+                with open(self.memo_path, "a", encoding="utf-8") as file:  # "\n" first: one may be cut short
                     file.writelines("\n" + json.dumps([keys[i], self.memo[keys[i]]]) for i in chunk)
             bar.update(len(chunk))
         bar.close()
@@ -198,8 +197,7 @@ class Copying:
 
 
 def leave_one_out(rewards):
-    """rewards (B, K) -> advantages (B, K): each reward minus the mean of the other K - 1 of its question,
-    which is (R_k - mean of all K) K / (K - 1)."""
+    """Rewards (B, K) minus the mean of the other K - 1 of their question: (R_k - mean of all) K / (K - 1)."""
     K = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * (K / (K - 1))
 
@@ -235,8 +233,7 @@ def best_fixed(env, weights, questions, allowed, seed, tried=16):
 def collapse_figures(picks):
     """Has the policy collapsed onto a few exemplars? picks: a list of pool indices per question.
 
-    distinct: exemplars used; top_pair: share of questions that got one of the two most used; none: share
-    without any."""
+    distinct: exemplars used; top_pair: share of questions with one of the two most used; none: with none."""
     used = np.bincount(np.array([j for row in picks for j in row], dtype=int))
     top = set(np.argsort(-used)[:2].tolist())
     return {"distinct": int((used > 0).sum()),
@@ -245,11 +242,9 @@ def collapse_figures(picks):
 
 
 def bootstrap(difference, groups=None):
-    """Mean of paired differences (N,) with its 95 % percentile bootstrap interval (Efron 1979): [mean, low,
-    high].
+    """[mean, low, high] of paired differences (N,): the 95 % percentile bootstrap interval (Efron 1979).
 
-    groups (N,): questions of one group share what decides them (its exemplars), so whole groups are
-    resampled."""
+    groups (N,): questions of a group share what decides them, its exemplars: whole groups are resampled."""
     d = np.asarray(difference, dtype=np.float64)
     group = np.arange(len(d)) if groups is None else np.unique(groups, return_inverse=True)[1]
     total, count = np.bincount(group, d), np.bincount(group)

@@ -132,8 +132,7 @@ class Run:
 
 
 def train(run, texts, args, ddp, save_best, checkpoint):
-    """Steps run.step to args.steps; every `eval_every` steps the held-out loss is measured and all is
-    saved."""
+    """Steps run.step to args.steps; every `eval_every` the held-out loss is measured and all is saved."""
     batches, interrupt = draw_batches(texts.n, args.batch_size, args.steps, args.seed), data.Interrupt()
     start, tokens, model = time.perf_counter(), 0, run.model.train()
     bar = tqdm(total=args.steps, initial=run.step, desc="SFT" if args.full else "LoRA", disable=ddp.rank > 0)

@@ -172,8 +172,7 @@ def validate(task, matcher):
 
 
 def threshold_on_training(task, matcher, limit=200):
-    """The similarity above which training questions are better off with their nearest exemplar than
-    without."""
+    """The similarity above which training questions are better off with their nearest exemplar."""
     z, z_pool = matcher.z(task.h["train"][:limit]), matcher.z(task.h_pool("train"))
     questions = task.questions["train"][:limit]
     near = matching.select_nearest(z, z_pool, task.allowed["train"][:limit], task.shots)
@@ -224,8 +223,7 @@ def compare(task, matcher, threshold, args, sft):
 
 
 def swap_pool(task, matcher):
-    """PILLOW's promise: another pool, nothing retrained. Here one without any exemplar seen before the
-    test."""
+    """PILLOW's promise, another pool and nothing retrained: here one of exemplars never seen before."""
     old = task.pool_sizes["val"]
     if old == len(task.pool):
         return {}
@@ -340,8 +338,7 @@ def read_flags():
 
 
 def settle(args, p, made_with, adapter, examples, pool):
-    """Fill in what was not typed: from the matcher under --eval_only, from the adapter, else from the
-    data."""
+    """Fill in what was not typed: from the matcher (--eval_only), from the adapter, else from the data."""
     short = np.median([len(e["output"]) for e in examples]) <= 40  # characters
     defaults = {"shots": 1, "max_new_tokens": 48, "reward": "prob" if short else "logprob"}
     for name, default in defaults.items():
@@ -436,9 +433,7 @@ def load(args, p, ddp):
 
 
 def divide(args, enc, trained_on, examples, adapter, folder):
-    """Split the LoRA's data as it was split for it, or --data, less what the LoRA was trained on.
-
-    -> (parts, the examples that were short enough)."""
+    """Split the LoRA's data as it was, or --data less what the LoRA was trained on -> (parts, rows split)."""
     kept = data.keep_short(enc, trained_on, adapter["max_tokens"], adapter["data"])
     same_rows(kept, adapter["rows"], adapter["data"], folder)
     parts = data.split(kept, adapter["seed"])
