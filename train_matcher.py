@@ -44,7 +44,8 @@ class Task:
     reward: dict  # {name: weight}
     shots: int
 
-    def __post_init__(self):  # {part: (N, n) bool}
+    def __post_init__(self):
+        # {part: (N, n) bool}: the exemplars that each question may get
         self.allowed = {part: matching.allowed_exemplars(questions, self.pool[: self.pool_sizes[part]])
                         for part, questions in self.questions.items()}
 
