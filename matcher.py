@@ -366,11 +366,15 @@ def load(folder):
         raise UserError(f"{folder}: no matcher there; run python train_matcher.py --out {folder.parent}")
     settings, path = data.read_json(folder / "config.json", dict), folder / "matcher.safetensors"
     with data.fitting(folder / "config.json"):
-        if settings["weights"] != data.digest_file(path):
-            raise ValueError("matcher.safetensors is not the one it names")
-        matcher = Matcher(**settings["matcher"])
-        matcher.load_state_dict(dict(data.read_safetensors(path)))
-    return matcher, settings
+        match settings:
+            case {"shots": int(shots), "seed": int(), "max_new_tokens": int(), "reward": dict(),
+                  "model": str(), "fingerprint": str(), "adapter": str(), "matcher": shape,
+                  "dtype": "torch.float32" | "torch.bfloat16", "weights": weights} if (
+                      shots >= 1 and weights == data.digest_file(path)):
+                matcher = Matcher(**shape)
+                matcher.load_state_dict(dict(data.read_safetensors(path)))
+                return matcher, settings
+        raise ValueError("its settings are not all there, or matcher.safetensors is not the one it names")
 
 
 def lesson():

@@ -369,7 +369,7 @@ def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one
         again, settings = matcher.load(d)
         assert made_with.items() <= settings.items() and again.settings == tower.settings
         assert torch.equal(*(first_choice(t, h_pool, h, all_allowed(5, 4)) for t in (tower, again)))
-        for bad in ({"weights": "0"},
+        for bad in ({"shots": 0}, {"seed": "x"}, {"reward": "rouge"}, {"dtype": None}, {"weights": "0"},
                     {"matcher": []}, {"matcher": {}}, {"matcher": tower.settings | {"hidden": 7}},
                     {"matcher": tower.settings | {"C": "4"}}):
             (d / "config.json").write_text(json.dumps(settings | bad))
