@@ -30,6 +30,7 @@ Left out on purpose: attention between question and exemplars, approximate neare
 exact scan of 100,000 exemplars takes milliseconds).
 """
 
+import functools
 import hashlib
 import math
 import re
@@ -270,18 +271,24 @@ class BM25:
     """
 
     def __init__(self, documents, k1=1.5, b=0.75):
-        counts = [Counter(self.words(d)) for d in documents]
+        self.documents, self.k1, self.b = documents, k1, b
+
+    @functools.cached_property
+    def weights(self):
+        """{word: (documents that have it, what it adds to their scores)}. Of a large pool this takes seconds,
+        so it is made when it is first asked for."""
+        counts = [Counter(self.words(d)) for d in self.documents]
         length = np.array([c.total() for c in counts], dtype=np.float64)
-        norm = k1 * (1 - b + b * length / length.mean())
-        self.n, found = len(documents), {}
+        norm = self.k1 * (1 - self.b + self.b * length / length.mean())
+        n, found, weights = len(counts), {}, {}
         for i, c in enumerate(counts):
             for w, f in c.items():
                 found.setdefault(w, []).append((i, f))
-        self.weights = {}  # word: (documents that have it, what it adds to their scores)
         for w, pairs in found.items():
             ids, f = np.array(pairs).T
-            idf = math.log(1 + (self.n - len(ids) + 0.5) / (len(ids) + 0.5))
-            self.weights[w] = ids, idf * f * (k1 + 1) / (f + norm[ids])
+            idf = math.log(1 + (n - len(ids) + 0.5) / (len(ids) + 0.5))
+            weights[w] = ids, idf * f * (self.k1 + 1) / (f + norm[ids])
+        return weights
 
     @staticmethod
     def words(text):
@@ -291,7 +298,7 @@ class BM25:
         """Best first; ties, and questions that share no word with the pool, go by position in the pool."""
         picks = []
         for text, row in zip(texts, np.asarray(allowed)):
-            scores = np.zeros(self.n)
+            scores = np.zeros(len(self.documents))
             for w in self.words(text):
                 if w in self.weights:
                     ids, weight = self.weights[w]
@@ -301,17 +308,16 @@ class BM25:
         return picks
 
 
-@torch.no_grad()
-def choose_all(matcher, encoded, bm25, questions, h, allowed, shots, threshold, seed):
-    """{selector: picks for every question}, for all selectors that need no language model."""
+def selectors(matcher, encoded, bm25, questions, h, allowed, shots, threshold, seed):
+    """{selector: a function that makes its picks for every question}, for all that need no language model."""
     z, z_pool = matcher.z(h), encoded.z
     return {
-        "none": [[] for _ in questions],
-        "random": select_random(allowed, shots, seed),
-        "bm25": bm25.select([data.query_text(q) for q in questions], allowed, shots),
-        "knn": select_nearest(z, z_pool, allowed, shots),
-        "threshold": select_threshold(z, z_pool, allowed, shots, threshold),
-        "pillow": select_likeliest(matcher, h, encoded, allowed, shots),
+        "none": lambda: [[] for _ in questions],
+        "random": lambda: select_random(allowed, shots, seed),
+        "bm25": lambda: bm25.select([data.query_text(q) for q in questions], allowed, shots),
+        "knn": lambda: select_nearest(z, z_pool, allowed, shots),
+        "threshold": lambda: select_threshold(z, z_pool, allowed, shots, threshold),
+        "pillow": lambda: select_likeliest(matcher, h, encoded, allowed, shots),
     }
 
 

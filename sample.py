@@ -93,18 +93,22 @@ def ask(env, chooser, question, args):
     h = env.model.features([data.encode_query(env.enc, question)])  # (1, C)
     matcher, encoded, shots = chooser.matcher, chooser.encoded, chooser.shots
     allowed = matching.allowed_exemplars([question], chooser.pool)  # (1, n)
-    chosen = matching.choose_all(matcher, encoded, chooser.bm25, [question], h, allowed, shots,
-                                 chooser.threshold, chooser.rng)
-    allowed = matcher.narrow(h, encoded, allowed)
+    selectors = matching.selectors(matcher, encoded, chooser.bm25, [question], h, allowed, shots,
+                                   chooser.threshold, chooser.rng)
     for select in SELECTORS if args.compare else [args.select]:
-        (picks,), chances = chosen[select], None
+        chances = None
+        if select == "pillow":  # for its probabilities, too
+            narrowed = matcher.narrow(h, encoded, allowed)
+            picks, chances = matcher.play(h, encoded, narrowed, shots)
+            (picks,), (chances,) = matching.as_lists(picks), chances.tolist()
+        else:
+            (picks,) = selectors[select]()
         print(f"\n[{select}]" + ("" if picks else " no exemplar"))
-        if select == "pillow":
-            chances = matcher.play(h, encoded, allowed, shots)[1][0].tolist()
-            if args.explain:
-                chooser.explain(h, allowed)
-            likeness = matching.similarity(matcher.z(h), encoded.z, chosen["knn"]).item()
-            if picks and likeness < chooser.threshold:
+        if select == "pillow" and args.explain:
+            chooser.explain(h, narrowed)
+        if select == "pillow" and picks:
+            likeness = matching.similarity(matcher.z(h), encoded.z, selectors["knn"]()).item()
+            if likeness < chooser.threshold:
                 print(f"(the nearest exemplar's similarity is {likeness:.2f}; on training questions "
                       f"exemplars helped above {chooser.threshold:.2f})")
         answer(env, question, picks, chances, args)

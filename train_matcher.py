@@ -209,8 +209,9 @@ def compare(task, matcher, threshold, args, sft):
     fixed = rl.best_fixed(task.env, task.reward, task.questions["train"], task.allowed["train"], args.seed)
     encoded, allowed = matcher.encode(task.h_pool("test")), task.allowed["test"]
     bm25 = matching.BM25([data.query_text(e) for e in task.pool])
-    chosen = matching.choose_all(matcher, encoded, bm25, test, task.h["test"], allowed, task.shots, threshold,
-                                 args.seed)
+    selectors = matching.selectors(matcher, encoded, bm25, test, task.h["test"], allowed, task.shots,
+                                   threshold, args.seed)
+    chosen = {selector: choose() for selector, choose in selectors.items()}
     chosen["fixed"] = [[j for j in fixed if row[j]][: task.shots] for row in allowed]
     scores = {selector: measure(task.env, picks, selector) for selector, picks in chosen.items()}
     best = np.max([by_metric[task.headline] for by_metric in scores.values()], 0)
