@@ -161,6 +161,7 @@ def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
                   rollouts)
 
 
+@torch.no_grad()
 def validate(task, matcher):
     """Greedy reward on validation questions, and whether the policy has collapsed."""
     encoded = matcher.encode(task.h_pool("val"))
@@ -196,6 +197,7 @@ def oracle(task, matcher, chosen, best, tried):
     return [some[int(np.argmax(score[end - len(some) : end]))] for some, end in zip(tries, ends)]
 
 
+@torch.no_grad()
 def compare(task, matcher, threshold, args, sft):
     """-> ({selector: {metric: (N,) array}}, {selector: picks})."""
     test, logprob = task.questions["test"], "logprob" in task.reward
@@ -224,6 +226,7 @@ def compare(task, matcher, threshold, args, sft):
     return scores, chosen
 
 
+@torch.no_grad()
 def swap_pool(task, matcher):
     """PILLOW's promise, another pool and nothing retrained: here one of exemplars never seen before."""
     old = task.pool_sizes["val"]
