@@ -959,7 +959,9 @@ def same_settings(now, then, path, free=()):
 
 
 def peak_memory():
-    """Peak memory of this process so far, in MB; None where there is no Linux to tell it."""
+    """Peak memory of this process so far, in MB, on a GPU the GPU's; None where there is no Linux to tell."""
+    if torch.cuda.is_initialized():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
     with contextlib.suppress(OSError, TypeError):
         return round(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 

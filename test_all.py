@@ -2170,6 +2170,9 @@ def test_dtype_and_device_are_chosen_by_what_the_machine_can():
         assert model.pick_dtype("auto", "cpu") == (torch.bfloat16, reason.replace(reason.split()[3], "4.0x"))
     assert threads == {1} and torch.get_num_threads() == 2  # those of the run
     torch.set_num_threads(1)
+    with patched(torch.cuda, "is_initialized", return_value=True), \
+            patched(torch.cuda, "max_memory_allocated", return_value=3 << 20):
+        assert data.peak_memory() == 3  # a GPU's memory is what decides there
 
 
 def test_processes_talk_over_nccl_where_each_has_a_gpu_of_its_own():

@@ -58,24 +58,26 @@ class Bench:
             raise data.UserError(f"{skip}: nothing to compare with") from None
         self.transformers.logging.set_verbosity_error()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-        self.dtype = model.setup(types.SimpleNamespace(threads=0, device="cpu", dtype="auto"))[1]
+        flags = types.SimpleNamespace(threads=0, device="auto", dtype="auto")
+        self.device, self.dtype = model.setup(flags)
         self.folder, self.enc = data.resolve_model(name), data.load_tokenizer(name)
-        print(f"{name}, {self.dtype}, {torch.get_num_threads()} threads\n{'':58s} {'ours':>9s} {'peer':>9s}")
+        print(f"{name}\n{'':58s} {'ours':>9s} {'peer':>9s}")
 
     def models(self, dtype):
         load = self.transformers.AutoModelForCausalLM.from_pretrained
-        return model.GPT.from_pretrained(self.folder, dtype), load(self.folder, dtype=dtype).eval()
+        peer = load(self.folder, dtype=dtype).eval().to(self.device)
+        return model.GPT.from_pretrained(self.folder, dtype, self.device), peer
 
     def lora(self, B=16, T=96, A=16):
         """Steps on texts of T tokens, the last A of them the answer; then on train_lora.py's own batches."""
         cfg = self.models(self.dtype)[0].config
         ids = torch.randint(100, cfg.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
         where = torch.tensor([b * T + T - A - 1 + t for b in range(B) for t in range(A)])
-        equal = [(ids, where, ids[:, -A:].flatten(), torch.full((B,), T))]
+        equal = [[x.to(self.device) for x in (ids, where, ids[:, -A:].flatten(), torch.full((B,), T))]]
         flags = types.SimpleNamespace(share_nearest=None, share_random=None, shots=1)
         texts = train_lora.load_texts(flags, cfg.n_ctx, self.enc, data.split(data.styles(), 0))
         rows = train_lora.draw_batches(texts.n, 8, 3, 0)
-        own = [texts.batch(some, texts.exemplars(some, random.Random(0)), "cpu") for some in rows]
+        own = [texts.batch(some, texts.exemplars(some, random.Random(0)), self.device) for some in rows]
         two = "c_attn" if cfg.family == "gpt2" else "q_proj,v_proj"
         for what, targets, batches in ((f"{B} x {T}", two, equal), (f"{B} x {T}", "all", equal),
                                        ("8 of styles", "all", own)):
@@ -97,6 +99,8 @@ class Bench:
                 loss(trained, batch).backward()
                 optimizer.step()
                 optimizer.zero_grad()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
         return run
 
     def labelled(self, ids, where, targets, lengths):
@@ -106,7 +110,7 @@ class Bench:
         x = F.pad(ids, (0, extra))
         labels = torch.full_like(x, -100)
         labels[where // T, where % T + 1] = targets
-        mask = torch.arange(T + extra) < lengths[:, None] + extra
+        mask = torch.arange(T + extra, device=self.device) < lengths[:, None] + extra
         return {"input_ids": x, "attention_mask": mask.long(), "labels": labels}
 
     def rollouts(self):
@@ -131,7 +135,7 @@ class Bench:
         def theirs(batch):
             out = [None] * len(prompts)
             for rows in by_length(prompts, batch):
-                x, mask = padded_left([prompts[i] for i in rows])
+                x, mask = (t.to(self.device) for t in padded_left([prompts[i] for i in rows]))
                 y = peer.generate(input_ids=x, attention_mask=mask, do_sample=False, max_new_tokens=16,
                                   min_new_tokens=16, pad_token_id=0, eos_token_id=None)
                 for i, answer in zip(rows, y[:, x.shape[1]:].tolist()):
@@ -148,10 +152,10 @@ class Bench:
         @torch.inference_mode()
         def theirs():
             for rows in by_length(texts, 32):
-                x, lengths = model.pad([texts[i] for i in rows])
-                mask = torch.arange(x.shape[1]) < lengths[:, None]
+                x, lengths = model.pad([texts[i] for i in rows], self.device)
+                mask = torch.arange(x.shape[1], device=self.device) < lengths[:, None]
                 h = peer.base_model(input_ids=x, attention_mask=mask.long()).last_hidden_state.float()
-                (h * mask[..., None]).sum(1) / lengths[:, None]
+                ((h * mask[..., None]).sum(1) / lengths[:, None]).cpu()
 
         race(f"features: {len(texts)} questions of unequal length", "texts/s", len(texts),
              lambda: mine.features(texts), theirs)

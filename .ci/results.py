@@ -62,11 +62,12 @@ def train(out, args):
     common = f"--seed {args.seed} --out {out.as_posix()} --model {shlex.quote(args.model)} --resume"
     source, lora, sft, pool = args.data or args.row, "", None, None
     matcher = "--n_test 800"  # all there are: narrower intervals than by default
+    few = args.big and not torch.cuda.is_available()  # of everything: on a CPU 494 M take hours
     if args.row == "banking77":
         sft = None if args.per > 2 else "--lr 1e-4" if args.big else "--lr 3e-4"
         pool = few_a_label(pool_of(source, args), args.per)
-        if args.big:
-            matcher = "--n_train 3000 --n_test 400"
+        if few:
+            matcher = "--n_train 3000 --n_test 400 --cache_gb 2.5"
     elif args.row == "new_labels":
         source, sft = f"{out.as_posix()}/rows.json", "--lr 3e-4"
         rows = few_a_label(data.load_examples(args.data or "banking77"), 45)
@@ -74,19 +75,21 @@ def train(out, args):
         data.write_json(source, rows)
     elif args.row != "styles":
         lora, sft = "" if args.exemplars else ORDINARY, "--lr 2e-5" if args.big else ""
-        matcher += " --n_answers 100"
-        if args.big:
+        matcher += f" --n_answers {200 if torch.cuda.is_available() else 100}"
+        if few:
             matcher = "--n_train 400 --steps 20 --n_val 64 --n_test 240 --n_answers 30 --oracle 1"
-        if args.big or args.row == "alpaca":
-            pool = pool_of(source, args)[: 1000 if args.big else 4000]
+            matcher += " --cache_gb 2.5"
+        if few or args.row == "alpaca":
+            pool = pool_of(source, args)[: 1000 if few else 4000]
     if args.big:
-        lora, matcher = f"{lora} --lr 5e-4", f"{matcher} --cache_gb 2.5"
+        lora += " --lr 5e-4"
     if pool:
         data.write_json(out / "pool.json", pool)
         matcher += f" --pool {out.as_posix()}/pool.json"
-    run("train_lora.py", f"--data {shlex.quote(source)} {common} {lora}")
+    longer = f"--data {shlex.quote(source)} {common} --steps {args.steps} --eval_every {args.steps // 2}"
+    run("train_lora.py", f"{longer} {lora}")
     if sft is not None:
-        run("train_lora.py", f"--data {shlex.quote(source)} {common} --full {ORDINARY} {sft}")
+        run("train_lora.py", f"{longer} --full {ORDINARY} {sft}")
         matcher += f" --sft {out.as_posix()}/full"
     matcher += f" --memo {out.as_posix()}/memo.jsonl"  # a comparison that was cut short, too, is gone on with
     run("train_matcher.py", f"{common} {matcher}")
@@ -181,10 +184,12 @@ def main():
     p.add_argument("--model", help="another model")
     p.add_argument("--big", action="store_true", help=f"the settings for 494 M; model: {BIG}")
     p.add_argument("--exemplars", action="store_true", help="a LoRA that has seen exemplars")
+    p.add_argument("--steps", type=int, default=64, help="of LoRA and SFT")
     p.add_argument("--probe", action="store_true", help="after the row was made: judges of its exemplars")
     p.add_argument("--features", action="store_true", help="after the row was made: whose features are best")
     args = p.parse_args()
     name = f"{args.row}-{args.seed}" + f"-{args.per}" * (args.per > 2)
+    name += f"-{args.steps}steps" * (args.steps != 64)
     out = Path("out") / (name + "-big" * args.big + "-exemplars" * args.exemplars)
     args.model = args.model or (BIG if args.big else "smollm2-135m")
     probe(out) if args.probe else features(out) if args.features else train(out, args)
