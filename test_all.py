@@ -2440,10 +2440,14 @@ def kill(d, name, *flags):
         for x in (fresh, trial):
             shutil.copytree(d, x, dirs_exist_ok=True)
         takes = seconds(lambda: works(name, *flags, cwd=trial))
-        for _ in range(KILLS if sys.platform == "linux" else 0):  # elsewhere forking PyTorch is not safe
+        safe = sys.platform == "linux" and not torch.cuda.is_available()  # to fork PyTorch
+        for _ in range(KILLS if safe else 0):
             if not (child := os.fork()):
                 train_lora.tqdm.set_lock(threading.RLock())  # its own is shared with us, and may die locked
-                os._exit(script(name, *flags, cwd=d)[0])
+                try:
+                    os._exit(script(name, *flags, cwd=d)[0])
+                finally:  # whatever went wrong, the child must not go on with the tests
+                    os._exit(1)
             time.sleep(rng.uniform(0, 1.2 * takes))
             os.kill(child, signal.SIGKILL)
             ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

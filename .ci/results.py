@@ -75,7 +75,7 @@ def train(out, args):
         data.write_json(source, rows)
     elif args.row != "styles":
         lora, sft = "" if args.exemplars else ORDINARY, "--lr 2e-5" if args.big else ""
-        matcher += f" --n_answers {200 if torch.cuda.is_available() else 100}"
+        matcher += " --n_answers 200"
         if few:
             matcher = "--n_train 400 --steps 20 --n_val 64 --n_test 240 --n_answers 30 --oracle 1"
             matcher += " --cache_gb 2.5"
