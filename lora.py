@@ -40,16 +40,9 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.original = None  # the base weight, while merged
-
-    def delta(self):
-        """(alpha / r) B A: (out, in) float32."""
-        return self.scale * (self.lora_B @ self.lora_A)
 
     def forward(self, x):  # (N, in) -> (N, out)
         y = self.base(x)
-        if self.original is not None:
-            return y
         x = F.dropout(x, self.dropout, self.training)
         low = F.linear(x, self.lora_A.to(x.dtype))  # (N, r)
         return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scale)  # one pass over the wide y
@@ -95,26 +88,13 @@ def wrap(model, names, r, alpha, dropout, rslora):
 
 
 @torch.no_grad()
-def merge(model, keep_base=True):
-    """W <- W + (alpha / r) B A in every layer. Merging twice is merging once.
-
-    The base weight is put aside, because W + D - D is not W in floating point. keep_base=False saves its
-    memory where nothing will be unmerged: the wrappers are removed."""
+def merge(model):
+    """W <- W + (alpha / r) B A in every layer, which is a plain one again."""
     for name, m in layers(model).items():
-        if m.original is None:
-            m.original = m.base.weight.data
-            m.base.weight.data = (m.original.float() + m.delta()).to(m.original.dtype)
-        if not keep_base:
-            parent, leaf = name.rsplit(".", 1)
-            setattr(model.get_submodule(parent), leaf, m.base)
-
-
-@torch.no_grad()
-def unmerge(model):
-    """The base weights, bit for bit as they were before `merge`."""
-    for m in layers(model).values():
-        if m.original is not None:
-            m.base.weight.data, m.original = m.original, None
+        w = m.base.weight
+        w.data = (w.float() + m.scale * (m.lora_B @ m.lora_A)).to(w.dtype)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, m.base)
 
 
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
@@ -258,12 +238,9 @@ def lesson():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model = nn.Sequential(layer)
-    weight, trained = base.weight.clone(), layer(x)
+    model, trained = nn.Sequential(layer), layer(x)
     merge(model)
     print(f"merged: largest difference {(model(x) - trained).abs().max().item():.1e}, one product again")
-    unmerge(model)
-    print(f"unmerged: W is what it was, to the bit: {torch.equal(base.weight, weight)}")
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def load(args, p):
     if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, digest):
         raise UserError(f"{folder}: of another model or adapter; run train_matcher.py --out {args.out}")
     lora.load(model, lora_folder)
-    lora.merge(model, keep_base=False)
+    lora.merge(model)
     encoded = matcher.encode(matching.cached_features(model, enc, pool, "the pool", digest))
     env = rl.Environment(model, enc, pool, args.max_new_tokens, block=1)  # only the chosen one
     bm25, rng = matching.BM25([data.query_text(e) for e in pool]), np.random.default_rng(args.seed)

@@ -421,7 +421,7 @@ def load(args, p, ddp):
     n = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
     every = [q for part in questions.values() for q in part]
     lora.load(model, folder)
-    lora.merge(model, keep_base=False)  # features and rollouts at the speed of the plain model
+    lora.merge(model)  # features and rollouts at the speed of the plain model
     digest = lora.digest(folder)
     h = matching.cached_features(model, enc, pool + every, "pool and questions", digest)
     h = dict(zip(["pool", *questions], h.split([len(pool), *map(len, questions.values())])))
