@@ -59,7 +59,6 @@ class Config:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    eos_ids: tuple = ()  # each of them ends an answer
 
 
 class RMSNorm(nn.Module):
@@ -262,16 +261,15 @@ class GPT(nn.Module):
         return F.cross_entropy(self.lm_head(h).float(), targets, reduction="sum")
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, temperature=0.0, eos_ids=None, top_k=None, seed=None,
+    def generate(self, prompts, max_new_tokens, temperature=0.0, eos_ids=(), top_k=None, seed=None,
                  prefixes=None, prefix_cache=None, batch_size=64, on_token=None):
         """Continue prompts of unequal length: id lists -> id lists, without prompt and end token.
 
         temperature 0 is greedy; `top_k` limits sampling to the k likeliest tokens; a `seed` makes it repeat.
-        eos_ids: ids that end an answer; None means the checkpoint's own, () means never stop early.
+        eos_ids: ids that end an answer, as a tokenizer's end_ids.
         prefixes: for each prompt the index in `prefix_cache` of what stands in front of it, or None.
         on_token(row, id) is called for every new token, as it appears. ValueError: see `check`.
         """
-        eos = set(self.config.eos_ids if eos_ids is None else eos_ids)
         rng = torch.Generator(self.device)
         rng.manual_seed(seed) if seed is not None else rng.seed()
         answers, new = [[] for _ in prompts], [max_new_tokens] * len(prompts)
@@ -282,7 +280,7 @@ class GPT(nn.Module):
                 h = self.hidden(ids, lengths, cache)[range(len(rows)), lengths - 1]  # (B, C): of last tokens
                 next_ids = pick_token(self.lm_head(h).float(), temperature, top_k, rng)  # (B,)
                 token = next_ids.tolist()
-                alive = [b for b in alive if token[b] not in eos]
+                alive = [b for b in alive if token[b] not in eos_ids]
                 for b in alive:
                     answers[rows[b]].append(token[b])
                     if on_token:
@@ -595,7 +593,6 @@ def weight_files(folder):
 def load(folder, dtype, device):
     """The model in `folder`: see GPT.from_pretrained."""
     cfg = read_config(read_json(folder / "config.json", dict), folder / "config.json")
-    cfg.eos_ids = data.end_ids(folder)
     tied, cfg.tied = cfg.tied, False  # a head of its own, until the files have told what they hold
     model, keys, state = GPT(cfg), hf_keys(cfg), {}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -788,7 +785,7 @@ def lesson():
     question, new = data.encode_query(enc, example), 16
     m.generate([question], 1)  # what is done once, at the first call, is no part of the speed
     start = time.perf_counter()
-    cached = m.generate([question], new, eos_ids=())[0]
+    cached = m.generate([question], new)[0]
     fast, ids, start = time.perf_counter() - start, list(question), time.perf_counter()
     with torch.inference_mode():
         for _ in range(new):  # what an answer is: the whole text through the model for each new token

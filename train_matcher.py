@@ -378,7 +378,8 @@ def load_sft(folder, model, adapter, dtype, device, ddp):
     """The fully tuned model, if it is of the same shape, tokenizer and split."""
     ddp.first(lambda: data.resolve_model(folder))
     sft = GPT.from_pretrained(folder, dtype, device)
-    tokenizers = {data.digest_file(x.folder / "tokenizer.json") for x in (sft, model)}
+    tokenizers = {(data.digest_file(x.folder / "tokenizer.json"), data.end_ids(x.folder))
+                  for x in (sft, model)}
     if sft.config != model.config or len(tokenizers) > 1:
         raise UserError(f"--sft {folder}: its shape or tokenizer is not that of the adapter's model")
     if (sft.folder / "pillow.json").exists():
