@@ -28,7 +28,7 @@ from torch import nn
 
 import data
 from data import UserError
-from model import hf_keys
+from model import hf_name
 
 
 class LoRALinear(nn.Module):
@@ -97,9 +97,8 @@ def merge(model):
 
 def linear_layers(model):
     """{our name of every linear layer of the blocks: Hugging Face's}, wrapped or not."""
-    keys = hf_keys(model.config)
-    return {n: keys[f"{n}.weight"][0].removesuffix(".weight") for n, m in model.named_modules()
-            if n.startswith("blocks.") and isinstance(m, nn.Linear | LoRALinear) and f"{n}.weight" in keys}
+    return {n: hf_name(model.config, n)[0] for n, m in model.named_modules()
+            if n.startswith("blocks.") and isinstance(m, nn.Linear | LoRALinear) and not n.endswith(".base")}
 
 
 def ends_in(target, *names):

@@ -221,9 +221,7 @@ class GPT(nn.Module):
             self.pos_embed = table(torch.empty(cfg.n_ctx, cfg.n_embd)) if cfg.family == "gpt2" else None
             self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
             self.norm = (nn.LayerNorm if cfg.family == "gpt2" else RMSNorm)(cfg.n_embd, eps=cfg.norm_eps)
-            self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        if cfg.tied:
-            self.lm_head.weight = self.embed.weight
+            self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)  # `load` ties it where cfg.tied
 
     @property
     def device(self):
@@ -568,17 +566,14 @@ HF_NAMES = {  # what Hugging Face's checkpoints call differently
 BUFFERS = ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "position_ids"  # once saved like weights
 
 
-def hf_keys(cfg):
-    """{our parameter: (its name in a Hugging Face checkpoint, stored transposed?)}.
+def hf_name(cfg, ours):
+    """(the name of our parameter or layer in a Hugging Face checkpoint, whether it is stored transposed).
 
     GPT-2's Conv1D keeps weights as (in, out). One of them, attn.c_proj, is square, so a missing transposition
     would pass every check of shapes: it has to be written down, here.
     """
-    keys, names = {}, HF_NAMES[cfg.family]
-    for ours, _ in GPT(cfg).named_parameters():
-        theirs = ".".join(names.get(part, part) for part in ours.split("."))
-        keys[ours] = theirs, ".c_" in ours and "weight" in ours
-    return keys
+    theirs = ".".join(HF_NAMES[cfg.family].get(part, part) for part in ours.split("."))
+    return theirs, ".c_" in ours and "weight" in ours
 
 
 def weight_files(folder):
@@ -593,9 +588,9 @@ def weight_files(folder):
 def load(folder, dtype, device):
     """The model in `folder`: see GPT.from_pretrained."""
     cfg = read_config(read_json(folder / "config.json", dict), folder / "config.json")
-    tied, cfg.tied = cfg.tied, False  # a head of its own, until the files have told what they hold
-    model, keys, state = GPT(cfg), hf_keys(cfg), {}
+    model, state = GPT(cfg), {}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    keys = {name: hf_name(cfg, name) for name in shapes}
     wanted = {theirs: (ours, transposed) for ours, (theirs, transposed) in keys.items()}
     top = keys["embed.weight"][0].split(".")[0] + "."  # left out where a model was saved without its head
     stored = ((path, *each) for path in weight_files(folder) for each in read_safetensors(path, BUFFERS))
@@ -609,7 +604,7 @@ def load(folder, dtype, device):
         tensor = tensor.t() if transposed else tensor
         state[ours] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     one = state.get("embed.weight", state.get("lm_head.weight"))
-    if tied and one is not None:  # as transformers 5: one stands for both, a copy is a tie, others count
+    if cfg.tied and one is not None:  # as transformers 5: one stands for both, a copy is a tie, others count
         cfg.tied = torch.equal(state.setdefault("embed.weight", one), state.setdefault("lm_head.weight", one))
     if missing := [keys[name][0] for name in shapes if name not in state]:
         more = f", and {len(missing) - 1} more" if missing[1:] else ""
@@ -626,8 +621,8 @@ def load(folder, dtype, device):
 
 def save(model, folder, source):
     """Write weights, `source`'s config (head and type as now) and tokenizer: a folder for --model."""
-    ours, keys = model.state_dict(), hf_keys(model.config).items()
-    state = {theirs: ours[name].t() if t else ours[name] for name, (theirs, t) in keys}
+    named = ((hf_name(model.config, name), p.detach()) for name, p in model.named_parameters())
+    state = {theirs: p.t() if transposed else p for (theirs, transposed), p in named}
     data.write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
     config = read_json(source / "config.json", dict) | {"tie_word_embeddings": model.config.tied}
     kind = str(model.embed.weight.dtype).removeprefix("torch.")

@@ -164,10 +164,11 @@ def spread(name, shape):
 def random_weights(c, seed=0):
     """{Hugging Face's name: tensor}."""
     cfg, rng, weights = model.read_config(c, "config.json"), torch.Generator().manual_seed(seed), {}
-    ours = dict(model.GPT(cfg).named_parameters())
-    for name, (theirs, transposed) in model.hf_keys(cfg).items():
-        shape = ours[name].shape[:: -1 if transposed else 1]
-        weights[theirs] = torch.empty(shape).normal_(*spread(theirs, shape), generator=rng)
+    for ours, p in model.GPT(cfg).named_parameters():
+        theirs, transposed = model.hf_name(cfg, ours)
+        shape = p.shape[::-1] if transposed else p.shape
+        if theirs != "lm_head.weight" or not cfg.tied:
+            weights[theirs] = torch.empty(shape).normal_(*spread(theirs, shape), generator=rng)
     return weights
 
 
