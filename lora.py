@@ -56,12 +56,12 @@ def layers(model):
 def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
     """Freeze `model` and wrap its target layers.
 
-    targets: names such as "q_proj,v_proj" (or a list); "all" stands for every linear layer of the blocks, a
-    name for every layer whose full name, ours or Hugging Face's, ends in it. rslora: scale by alpha /
-    sqrt(r) (Kalajdzievski 2023). UserError when a name matches no layer.
+    targets: names such as "q_proj,v_proj"; "all" stands for every linear layer of the blocks, a name for
+    every layer whose full name, ours or Hugging Face's, ends in it. rslora: scale by alpha / sqrt(r)
+    (Kalajdzievski 2023). UserError when a name matches no layer.
     """
     every, chosen = linear_layers(model), set()
-    for t in targets.split(",") if isinstance(targets, str) else targets:
+    for t in targets.split(","):
         hits = {n for n, theirs in every.items() if t == "all" or ends_in(t, n, theirs)}
         if not hits:
             leaves = sorted({n.split(".")[-1] for n in every})

@@ -825,7 +825,7 @@ def test_only_the_adapter_trains_and_dropout_acts_in_training_only():
 def test_targets_are_chosen_by_our_names_or_by_hugging_faces():
     for config, targets, wanted in (
             (LLAMA, "q_proj,v_proj", "0.attn.q_proj 0.attn.v_proj 1.attn.q_proj 1.attn.v_proj"),
-            (LLAMA, ["self_attn.q_proj"], "0.attn.q_proj 1.attn.q_proj"),
+            (LLAMA, "self_attn.q_proj", "0.attn.q_proj 1.attn.q_proj"),
             (LLAMA, "blocks.0.mlp.up_proj,model.layers.1.mlp.up_proj", "0.mlp.up_proj 1.mlp.up_proj"),
             (GPT2, "attn.c_proj", "0.attn.c_proj 1.attn.c_proj"),
             (GPT2, "c_proj", "0.attn.c_proj 0.mlp.c_proj 1.attn.c_proj 1.mlp.c_proj")):
