@@ -2859,8 +2859,7 @@ MISTAKES = {  # {script: "what the message names: flags | ..."}
         share: --share_nearest 0.8 --share_random 0.3""",
     "train_matcher": """
         other: --model other | smollm2-135m: --model nope | train_lora.py: --lora nowhere
-        nope.jsonl: --pool nope.jsonl | line 3: --pool bad.jsonl | no examples: --pool empty.jsonl
-        --reward: --reward bleu | context: --max_new_tokens 500
+        nope.jsonl: --pool nope.jsonl | --reward: --reward bleu | context: --max_new_tokens 500
         nowhere: --memo nowhere/memo.jsonl | out: --memo out | nowhere: --sft nowhere
         not_a_model: --sft not_a_model | wide: --sft wide | no_weights: --sft no_weights
         tokenizer.json: --sft no_tokenizer | seed: --resume --seed 1 | file: --out file --lora out/lora
@@ -2868,13 +2867,10 @@ MISTAKES = {  # {script: "what the message names: flags | ..."}
         --stop_prior: --stop_prior 1
         --resume: --eval_only --resume | --lr: --eval_only --lr 0.1 | --n_val: --eval_only --n_val 5""",
     "sample": """
-        another model: --prompt a --model other | another model: --prompt a --model wide
-        nope.jsonl: --prompt a --pool nope.jsonl | line 3: --prompt a --pool bad.jsonl
-        no examples: --prompt a --pool empty.jsonl
+        another model: --prompt a --model other | nope.jsonl: --prompt a --pool nope.jsonl
         context: --prompt a --max_new_tokens 500 | longer: --prompt a --pool long.jsonl
-        nowhere: --prompt a --lora nowhere
-        train_matcher.py --out nowhere: --prompt a --out nowhere | --input: --input a
-        --temperature: --temperature nan | --top_k: --top_k -1 | --top_k: --top_k 5
+        train_matcher.py --out nowhere: --prompt a --out nowhere | nowhere: --prompt a --lora nowhere
+        --input: --input a | --temperature: --temperature nan | --top_k: --top_k -1 | --top_k: --top_k 5
         --select: --select best | --select: --compare --select knn | --shots: --select none --shots 1
         --pool: --select none --pool two.jsonl | --explain: --select knn --explain"""}
 
