@@ -211,9 +211,9 @@ def split(examples, seed=0):
 def split_groups(rows, rng):
     """Whole groups to each part, so val and test ask about groups on which nothing was trained.
 
-    The first third of each group's rows there are its exemplars, the others its questions. They join the
-    pool only from then on: pool[:sizes["train"]] while the matcher learns, [:sizes["val"]] for its
-    checkpoint, all at the test.
+    Of each group behind the LoRA's parts the first third of the rows are exemplars, the others questions.
+    Exemplars join the pool only from their part on: pool[:sizes["train"]] while the matcher learns,
+    [:sizes["val"]] for its checkpoint, all at the test.
     """
     groups = {}
     for e in rows:
@@ -252,7 +252,8 @@ LONGEST = 500_000  # characters of a text: tiktoken panics at a million spaces i
 
 
 def encode(enc, text):
-    """Token ids of `text` as transformers gives them, but that special tokens a user types stay text.
+    """Token ids of `text` as transformers gives them, but that special tokens a user types stay text. `enc`:
+    a tiktoken.Encoding to which `make_encoding` added what else is used here.
 
     Added tokens that are ordinary vocabulary, as Qwen's <think>, are cut out before accents are composed
     (NFC). Bytes that the vocabulary lacks are dropped.

@@ -2,9 +2,10 @@
 The matching network: which exemplars of the pool should stand in front of this question?
 
 PILLOW (Qi et al. 2023, arXiv 2312.05621) has two small MLPs, one for the question and one for the pool's
-exemplars; the dot product of their outputs, over the pool, is a distribution. With h(.) the LoRA-tuned
-language model's mean-pooled final hidden state of a question (an exemplar's answer left out), and z(.) the
-same standardised by the mean and std of the pool it was trained with:
+exemplars; the dot product of their outputs, over the pool, is a distribution. ("Ours" marks what the paper
+does not say.) With h(.) the LoRA-tuned language model's mean-pooled final hidden state of a question (an
+exemplar's answer left out), and z(.) the same standardised by the mean and std of the pool it was trained
+with:
 
     state (x, chosen): the question, the exemplars chosen so far
     f(.) = MLP_shared[z(.)]                          as wide as z: what both towers add to it
@@ -72,7 +73,7 @@ class Matcher(nn.Module):
         for mlp in (self.shared_mlp, self.question_mlp):  # z + 0: the nearest neighbour
             nn.init.zeros_(mlp[-1].weight)
             nn.init.zeros_(mlp[-1].bias)
-        self.tau = nn.Parameter(torch.tensor(math.log(20.0)))  # until `sharpen`
+        self.tau = nn.Parameter(torch.tensor(math.log(20.0)))  # a placeholder: `sharpen` sets it by the pool
         self.register_buffer("mean", torch.zeros(C))
         self.register_buffer("std", torch.ones(C))
 
@@ -188,12 +189,9 @@ class Matcher(nn.Module):
 
 def allowed_exemplars(questions, pool):
     """(B, n) bool: all exemplars but those that ask the very question."""
-    allowed, asked = torch.ones(len(questions), len(pool), dtype=torch.bool), {}
-    for j, exemplar in enumerate(pool):
-        asked.setdefault(data.question_key(exemplar), []).append(j)
-    for b, question in enumerate(questions):
-        allowed[b, asked.get(data.question_key(question), [])] = False
-    return allowed
+    number = {}  # the same for rows that ask the same
+    ids = torch.tensor([number.setdefault(data.question_key(e), len(number)) for e in [*questions, *pool]])
+    return ids[: len(questions), None] != ids[len(questions) :]
 
 
 # ---- selectors, the matcher and those it has to beat: each at most `shots` pool indices per question
@@ -236,8 +234,8 @@ def similarity(z, z_pool, picks):
 
 
 def tune_threshold(cosine, gain):
-    """The t for which "an exemplar where cosine (N,) > t, else none" gains most, summed over questions, less
-    the sum's standard error: of N noisy sums the largest flatters, and an exemplar too many does harm.
+    """The t for which "an exemplar where cosine (N,) > t, else none" has the largest total gain less the
+    total's standard error: of N noisy totals the largest flatters, and an exemplar too many does harm.
 
     gain (N,): reward with the nearest exemplar minus reward without, on training questions. The control that
     a trained matcher has to beat where it learns only *when* to take an exemplar.

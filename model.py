@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if x.device.type == "cpu" and torch.is_grad_enabled() and not self.weight.requires_grad:
-            return FrozenRMSNorm.apply(x, self.weight, self.eps)  # the same, see the end of this file
+            return FrozenRMSNorm.apply(x, self.weight, self.eps)  # the same, but faster
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
@@ -157,7 +157,7 @@ class Attention(nn.Module):
         if self.gpt2:
             self.c_attn, self.c_proj = Linear(C, 3 * C), Linear(C, C)
         else:
-            # Linear is nn.Linear, but fast where its weight is frozen: see the end of this file
+            # Linear is nn.Linear, but faster where its weight is frozen
             self.q_proj = Linear(C, q, bias=cfg.qkv_bias)
             self.k_proj, self.v_proj = Linear(C, kv, bias=cfg.qkv_bias), Linear(C, kv, bias=cfg.qkv_bias)
             self.o_proj = Linear(q, C, bias=cfg.o_bias)

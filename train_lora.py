@@ -46,7 +46,7 @@ class Texts:
     enc: object
 
     def exemplars(self, rows, rng):
-        """For each row a list of examples to stand in front of it."""
+        """For each row its front: a list of the examples that stand in front of it, m at most."""
         fronts = []
         for i in rows:
             u, m = rng.random(), rng.randint(1, self.shots)

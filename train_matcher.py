@@ -39,13 +39,13 @@ class Task:
     pool: list  # exemplars; a part chooses from the first pool_sizes[part], see `data.split_groups`
     questions: dict  # {part: examples}
     h: dict  # {part, or "pool": features (N, C)}
-    pool_sizes: dict  # {part: n}
+    pool_sizes: dict  # {part: n}; the same for all, but that groups bring exemplars of their own
     env: rl.Environment
     reward: dict  # {name: weight}
     shots: int
 
     def __post_init__(self):
-        # {part: (N, n) bool}: the exemplars that each question may get
+        # {part: (N, n) bool}: the exemplars that each question may get, before `narrow` and any pick
         self.allowed = {part: matching.allowed_exemplars(questions, self.pool[: self.pool_sizes[part]])
                         for part, questions in self.questions.items()}
 
@@ -88,7 +88,7 @@ def reinforce(task, matcher, optimizer, rng, batch_size, rollouts):
 
 
 def decay(optimizer, lr, done):
-    """The learning rate falls to zero as `done` rises to 1: a single update is mostly noise."""
+    """The learning rate falls to zero as `done` rises to 1, so that late updates, mostly noise, move less."""
     for group in optimizer.param_groups:
         group["lr"] = lr * (1 - done)
 
@@ -228,7 +228,8 @@ def compare(task, matcher, threshold, args, sft):
 
 @torch.no_grad()
 def swap_pool(task, matcher):
-    """PILLOW's promise, another pool and nothing retrained: here one of exemplars never seen before."""
+    """PILLOW's promise is another pool and nothing retrained. Where the pool grows: how nearest neighbour and
+    matcher do when only exemplars that training and validation never saw may be chosen."""
     old = task.pool_sizes["val"]
     if old == len(task.pool):
         return {}
