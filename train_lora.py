@@ -49,14 +49,12 @@ class Texts:
         """For each row its front: a list of the examples that stand in front of it, m at most."""
         fronts = []
         for i in rows:
-            u, m = rng.random(), rng.randint(1, self.shots)
+            u, m, front = rng.random(), rng.randint(1, self.shots), []
             if u < self.shares[0]:
-                fronts.append(self.near(i)[:m])
+                front = self.near(i)
             elif u < sum(self.shares):
-                others = [j for j in rng.sample(range(self.n), min(self.n, m + 1)) if j != i]
-                fronts.append(others[:m])
-            else:
-                fronts.append([])
+                front = [j for j in rng.sample(range(self.n), min(self.n, m + 1)) if j != i]
+            fronts.append(front[:m])
         return fronts
 
     def batch(self, rows, fronts, device, train_on_exemplars=True):
@@ -193,7 +191,7 @@ def read_flags():
     p.add_argument("--steps", type=number(int, 1), default=64, help="optimiser steps")
     p.add_argument("--batch_size", type=number(int, 1), default=8, help="examples a step, over all processes")
     p.add_argument("--lr", type=number(float, 0), help="peak learning rate; default: 2e-3, with --full "
-                   "1e-4; above 135 M parameters try a quarter")
+                   "1e-4; for 0.5 B parameters try 5e-4 and 5e-6")
     p.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of steps in which it rises")
     p.add_argument("--rank", type=number(int, 1, 4096), default=8, help="r, the adapter's rank")
     p.add_argument("--alpha", type=number(float, 0), default=16, help="the update is scaled by alpha / r")

@@ -74,7 +74,7 @@ def train(out, args):
         rows = [e | {"group": e["output"]} for e in rows]
         data.write_json(source, rows)
     elif args.row != "styles":
-        lora, sft = "" if args.exemplars else ORDINARY, "--lr 2e-5" if args.big else ""
+        lora, sft = "" if args.exemplars else ORDINARY, "--lr 5e-6" if args.big else ""
         matcher += " --n_answers 200"
         if few:
             matcher = "--n_train 400 --steps 20 --n_val 64 --n_test 240 --n_answers 30 --oracle 1"
