@@ -53,6 +53,11 @@ def layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def parameters(model):
+    """What trains: every A and B."""
+    return [p for m in layers(model).values() for p in (m.lora_A, m.lora_B)]
+
+
 def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
     """Freeze `model` and wrap its target layers.
 

@@ -273,10 +273,12 @@ def neighbours(rows, n, shots):
 
 def prepare(model, args):
     """Choose what trains, and its optimiser -> Run."""
-    if not args.full:
+    if args.full:
+        trainable = list(model.parameters())
+    else:
         torch.manual_seed(args.seed)
         lora.inject(model, args.rank, args.alpha, args.targets, args.dropout)
-    trainable = [p for p in model.parameters() if p.requires_grad]
+        trainable = lora.parameters(model)
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in trainable]
     betas = (0.9, 0.95) if args.full else (0.9, 0.999)
     optimizer = torch.optim.AdamW(masters, lr=args.lr, weight_decay=0.0, betas=betas, fused=True)
