@@ -67,7 +67,7 @@ def train(out, args):
         sft = None if args.per > 2 else "--lr 1e-4" if args.big else "--lr 3e-4"
         pool = few_a_label(pool_of(source, args), args.per)
         if few:
-            matcher = "--n_train 3000 --n_test 400 --cache_gb 2.5"
+            matcher = "--n_train 3000 --n_test 400"
     elif args.row == "new_labels":
         source, sft = f"{out.as_posix()}/rows.json", "--lr 3e-4"
         rows = few_a_label(data.load_examples(args.data or "banking77"), 45)
@@ -78,18 +78,19 @@ def train(out, args):
         matcher += " --n_answers 200"
         if few:
             matcher = "--n_train 400 --steps 20 --n_val 64 --n_test 240 --n_answers 30 --oracle 1"
-            matcher += " --cache_gb 2.5"
         if few or args.row == "alpaca":
             pool = pool_of(source, args)[: 1000 if few else 4000]
     if args.big:
         lora += " --lr 5e-4"
+    if few:
+        matcher += " --cache_gb 2.5"
     if pool:
         data.write_json(out / "pool.json", pool)
         matcher += f" --pool {out.as_posix()}/pool.json"
-    longer = f"--data {shlex.quote(source)} {common} --steps {args.steps} --eval_every {args.steps // 2}"
-    run("train_lora.py", f"{longer} {lora}")
+    tuning = f"--data {shlex.quote(source)} {common} --steps {args.steps} --eval_every {args.steps // 2}"
+    run("train_lora.py", f"{tuning} {lora}")
     if sft is not None:
-        run("train_lora.py", f"{longer} --full {ORDINARY} {sft}")
+        run("train_lora.py", f"{tuning} --full {ORDINARY} {sft}")
         matcher += f" --sft {out.as_posix()}/full"
     matcher += f" --memo {out.as_posix()}/memo.jsonl"  # a comparison that was cut short, too, is gone on with
     run("train_matcher.py", f"{common} {matcher}")
