@@ -79,11 +79,10 @@ def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
 
 def wrap(model, names, r, alpha, dropout, rslora):
     model.requires_grad_(False)
+    scale = alpha / math.sqrt(r) if rslora else alpha / r
     for name in names:
-        parent, leaf = name.rsplit(".", 1)
-        base = model.get_submodule(name)
-        layer = LoRALinear(base, r, alpha / math.sqrt(r) if rslora else alpha / r, dropout)
-        setattr(model.get_submodule(parent), leaf, layer.train(model.training))
+        layer = LoRALinear(model.get_submodule(name), r, scale, dropout)
+        model.set_submodule(name, layer.train(model.training))
     model.lora_config = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora}
 
 
@@ -93,8 +92,7 @@ def merge(model):
     for name, m in layers(model).items():
         w = m.base.weight
         w.data = (w.float() + m.scale * (m.lora_B @ m.lora_A)).to(w.dtype)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, m.base)
+        model.set_submodule(name, m.base)
 
 
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
