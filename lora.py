@@ -209,8 +209,6 @@ def load(model, folder):
         wants = shapes.get(key, "no place for it")
         if has != wants:
             raise UserError(f"{path}: shape of {'.'.join(key)}: {has}, here {wants}: made for another model")
-    if not chosen:
-        raise UserError(f"{folder / 'adapter_config.json'}: target_modules matches no layer of this model")
     wrap(model, chosen, config["r"], config["lora_alpha"], config["lora_dropout"], config.get("use_rslora"))
     for n, m in layers(model).items():
         for half in ("lora_A", "lora_B"):
