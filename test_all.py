@@ -2196,7 +2196,7 @@ FLAGS = {
     "train_lora --full": TRAIN + "--model tiny --data my.jsonl --lr .001",
     "train_matcher": TRAIN + "--reward logprob --rollouts 3 --lr .001 --shots 2 --oracle 2 "
                              "--n_train 12 --max_new_tokens 8",
-    "train_matcher --eval_only": SIMPLE + "--oracle 2",
+    "train_matcher --eval_only": "--threads 1 --oracle 2",
     "sample": SIMPLE + "--max_new_tokens 8",
 }
 LORA = ["lora", "last_lora.safetensors", "log_lora.jsonl"]  # what the two trainers leave in out/
@@ -2630,7 +2630,7 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
     """Each line: flags, and what then stands in results.json."""
     with copy_of_trained("results.json") as d:
         # with all that it was trained with, the type, too
-        assert "float32 (as asked)" in works("train_matcher", "--eval_only", "--dtype", "auto", cwd=d)
+        assert "float32 (as asked)" in works("train_matcher", "--eval_only", cwd=d)
         first, again = made(trained()), made(d)
         settings, new = first["results.json"].pop("settings"), again["results.json"].pop("settings")
         assert again == first and all(new[k] == settings[k] for k in settings)
@@ -2660,8 +2660,8 @@ def test_settings_follow_from_the_data():
     assert data.are_labels(labels[:30], labels[30:]) and not data.are_labels(labels, notes(60))
     for kind, examples in (("LABELS", labels), ("SHORT", own), ("FREE_TEXT", long)):
         with patched(sys, "argv", ["train_matcher.py"]):
-            args, p = train_matcher.read_flags()
-        train_matcher.settle(args, p, {}, {"model": "any"}, examples, examples)
+            _, p = train_matcher.read_flags()
+            args = train_matcher.settle(p, {}, examples, examples)
         assert getattr(train_matcher, kind).items() <= vars(args).items(), kind
 
 

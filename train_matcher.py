@@ -307,10 +307,10 @@ def read_flags():
                    "for example; what the LoRA was trained on is left out")
     p.add_argument("--pool", help="file of exemplars to choose from; default: those of the data")
     p.add_argument("--lora", help="folder of the adapter; default: OUT/lora")
-    p.add_argument("--shots", type=number(int, 1, 16), help="the most exemplars a question; default: 1")
-    p.add_argument("--reward", help="of the reference: prob (p of the whole) or logprob (log p per token); "
-                   "of an answer: exact or rouge; or a mix, rouge:0.5,logprob:0.5; default: prob if answers "
-                   "are short, else logprob")
+    p.add_argument("--shots", type=number(int, 1, 16), default=1, help="the most exemplars a question")
+    p.add_argument("--reward", type=rl.parse_reward, help="of the reference: prob (p of the whole) or "
+                   "logprob (log p per token); of an answer: exact or rouge; or a mix, rouge:0.5,logprob:0.5"
+                   "; default: prob if answers are short, else logprob")
     depends("n_train", number(int, 1), "training questions, at most")
     depends("steps", number(int, 0), "REINFORCE steps")
     depends("batch_size", number(int, 1), "questions a step")
@@ -324,7 +324,7 @@ def read_flags():
             "the reference?")
     p.add_argument("--rollouts", type=number(int, 2), default=4, help="K, rollouts a question")
     p.add_argument("--hidden", type=number(int, 1, 65536), default=256, help="width of both MLPs")
-    p.add_argument("--max_new_tokens", type=number(int, 1), help="length limit of an answer; default: 48")
+    p.add_argument("--max_new_tokens", type=number(int, 1), default=48, help="length limit of an answer")
     p.add_argument("--n_val", type=number(int, 1), default=96, help="validation questions, at most")
     p.add_argument("--n_test", type=number(int, 1), default=256, help="test questions, at most")
     p.add_argument("--n_answers", type=number(int, 1), default=256,
@@ -333,8 +333,8 @@ def read_flags():
     p.add_argument("--cache_gb", type=number(float, 0), default=1.0, help="memory for the exemplars' cache")
     p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
     p.add_argument("--sft", help="a fully fine-tuned model, out/full, to compare with")
-    p.add_argument("--eval_only", action="store_true", help="no training: compare with OUT/matcher; its "
-                   "seed stands for --seed 0, its type for --dtype auto")
+    p.add_argument("--eval_only", action="store_true", help="no training: compare with OUT/matcher; "
+                   "what is not typed is as it was trained")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only:
@@ -343,25 +343,14 @@ def read_flags():
     return args, p
 
 
-def settle(args, p, made_with, adapter, examples, pool):
-    """Fill in what was not typed: from the matcher (--eval_only), from the adapter, else from the data."""
+def settle(p, made_with, examples, pool):
+    """Parse again: what is not typed is as `made_with` says, else as suits these examples."""
     short = np.median([len(e["output"]) for e in examples]) <= 40  # characters
-    defaults = {"shots": 1, "max_new_tokens": 48, "reward": "prob" if short else "logprob"}
-    for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, made_with.get(name, default))
-    if not isinstance(args.reward, str):  # a matcher's: the reward may be gone since
-        args.reward = ",".join(f"{reward}:{weight}" for reward, weight in args.reward.items())
-    args.reward = rl.parse_reward(args.reward)
-    kind = FREE_TEXT if "logprob" in args.reward else LABELS if data.are_labels(examples, pool) else SHORT
-    for name, default in kind.items():
-        if getattr(args, name) is None:
-            setattr(args, name, made_with.get(name, default))
-    dtype = made_with.get("dtype", args.dtype).removeprefix("torch.")
-    kept = {"seed": made_with.get("seed", args.seed), "model": adapter["model"], "dtype": dtype}
-    for name, value in kept.items():
-        if getattr(args, name) == p.get_default(name):
-            setattr(args, name, value)
+    p.set_defaults(**{"reward": "prob" if short else "logprob"} | made_with)
+    labels = data.are_labels(examples, pool)
+    kind = FREE_TEXT if "logprob" in p.parse_args().reward else LABELS if labels else SHORT
+    p.set_defaults(**kind | made_with)
+    return p.parse_args()
 
 
 def read_adapter(folder, out):
@@ -373,6 +362,20 @@ def read_adapter(folder, out):
               "rows": str()} as adapter:
             return adapter
     raise UserError(f"{folder}: made by another program; train one with train_lora.py")
+
+
+def read_matcher(folder, adapter):
+    """The settings of a matcher whose training has ended, as they would be typed now."""
+    settings = matching.load(folder)[1]
+    if "llm_calls" not in settings:
+        raise UserError(f"{folder}: its training did not end; go on with --resume")
+    reward = ",".join(f"{name}:{weight}" for name, weight in settings["reward"].items())
+    settings |= {"reward": reward, "dtype": settings["dtype"].removeprefix("torch.")}
+    if settings.get("rows") == adapter["rows"]:
+        settings["data"] = adapter["data"]  # however they were called then
+    if settings.get("pool"):
+        settings["pool"] = str(folder / "pool.json")  # the file it was may be gone
+    return {k: v for k, v in settings.items() if k not in ("n_test", "n_answers", "oracle")}
 
 
 def load_sft(folder, model, adapter, dtype, device, ddp):
@@ -391,21 +394,18 @@ def load_sft(folder, model, adapter, dtype, device, ddp):
 
 
 def load(args, p, ddp):
-    """-> (task, settings of the run, the SFT model or None, what else results.json says)."""
-    made_with = matching.load(args.out / "matcher")[1] if args.eval_only else {}
-    if args.eval_only and "llm_calls" not in made_with:
-        raise UserError(f"{args.out / 'matcher'}: its training did not end; go on with --resume")
-    if made_with.get("pool") and not args.pool:
-        args.pool = str(args.out / "matcher" / "pool.json")  # the file it was may be gone
+    """-> (flags, task, settings of the run, the SFT model or None, what else results.json says)."""
     folder = Path(args.lora or args.out / "lora")
     adapter = read_adapter(folder, args.out)
-    then = made_with.get("rows", adapter["rows"])  # those that the matcher was trained on, however called
-    args.data = args.data or (adapter["data"] if then == adapter["rows"] else made_with["data"])
+    made_with = {"data": adapter["data"], "model": adapter["model"]}
+    if args.eval_only:
+        made_with |= read_matcher(args.out / "matcher", adapter)
+    args.data, args.pool = args.data or made_with["data"], args.pool or made_with.get("pool")
     ddp.first(lambda: [data.fetch_examples(name) for name in (adapter["data"], args.data, args.pool)])
     trained_on = data.load_examples(adapter["data"], f"{folder} was trained on")
     examples = trained_on if args.data == adapter["data"] else data.load_examples(args.data)
     own_pool = data.load_pool(args.pool) if args.pool else None
-    settle(args, p, made_with, adapter, examples, own_pool or examples)
+    args = settle(p, made_with, examples, own_pool or examples)
     device, dtype = setup(args, ddp)
     ddp.first(lambda: data.resolve_model(args.model))
     model, enc = GPT.from_pretrained(args.model, dtype, device), data.load_tokenizer(args.model)
@@ -413,36 +413,40 @@ def load(args, p, ddp):
         raise UserError(f"{folder}: made for {adapter['model']}, whose weights are not those of {args.model} "
                         "here, or by another version; train it again")
     parts, kept = divide(args, enc, trained_on, examples, adapter, folder)
-    if made_with:
-        same_rows(kept, then, args.data, args.out / "matcher")
+    pool, digest = own_pool or parts["pool"], lora.digest(folder)
+    made_from = {"rows": data.digest_rows(kept), "lora_seed": adapter["seed"], "dtype": str(dtype),
+                 "fingerprint": model.fingerprint, "adapter": digest, "template": data.TEMPLATE_VERSION,
+                 "pool_size": len(pool), "pool_rows": data.digest_rows(pool)}
+    if any(made_with.get(k, made_from[k]) != made_from[k] for k in ("rows", "fingerprint", "adapter")):
+        raise UserError(f"{args.out / 'matcher'}: trained on other rows, or with another model or adapter; "
+                        "train it again")
     sft = load_sft(args.sft, model, adapter, dtype, device, ddp) if args.sft else None
 
     questions = {"train": parts["matcher_train"][: args.n_train], "val": parts["val"][: args.n_val],
                  "test": parts["test"][: args.n_test]}
-    pool = own_pool or parts["pool"]
     n = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
     every = [q for part in questions.values() for q in part]
     lora.load(model, folder)
     lora.merge(model)  # features and rollouts at the speed of the plain model
-    digest = lora.digest(folder)
     h = matching.cached_features(model, enc, pool + every, "pool and questions", digest)
     h = dict(zip(["pool", *questions], h.split([len(pool), *map(len, questions.values())])))
     env = rl.Environment(model, enc, pool, args.max_new_tokens, f"{model.fingerprint} {digest} {dtype}",
                          args.memo, cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
     for question in every:  # one that is too long is found now
         env.prompt(question, [], env.room(args.reward, question))
-    counts = {"read": len(examples), "kept": len(kept), "max_tokens": adapter["max_tokens"]}
-    made_from = {"rows": data.digest_rows(kept), "lora_seed": adapter["seed"], "dtype": str(dtype),
-                 "fingerprint": model.fingerprint, "adapter": digest, "template": data.TEMPLATE_VERSION,
-                 "pool_size": len(pool), "pool_rows": data.digest_rows(pool)}
-    settings, about = describe(args, made_from, made_with, counts)
-    return Task(pool, questions, h, n, env, args.reward, args.shots), settings, sft, about
+    places = ("out", "resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")
+    settings = {k: v for k, v in vars(args).items() if k not in places} | made_from
+    about = {k: settings[k] for k in ("model", "data", "shots", "seed", "dtype")}
+    about["examples"] = {"read": len(examples), "kept": len(kept), "max_tokens": adapter["max_tokens"]}
+    return args, Task(pool, questions, h, n, env, args.reward, args.shots), settings, sft, about
 
 
 def divide(args, enc, trained_on, examples, adapter, folder):
     """Split the LoRA's data as it was, or --data less what the LoRA was trained on -> (parts, rows split)."""
     kept = data.keep_short(enc, trained_on, adapter["max_tokens"], adapter["data"])
-    same_rows(kept, adapter["rows"], adapter["data"], folder)
+    if data.digest_rows(kept) != adapter["rows"]:
+        raise UserError(f"{adapter['data']}: not the rows that {folder} was trained on, so some of those "
+                        "would be test questions now; train it again")
     parts = data.split(kept, adapter["seed"])
     if examples is not trained_on:
         kept = data.keep_short(enc, examples, adapter["max_tokens"], args.data)
@@ -451,31 +455,11 @@ def divide(args, enc, trained_on, examples, adapter, folder):
     return parts, kept
 
 
-def same_rows(examples, rows, name, who):
-    if data.digest_rows(examples) != rows:
-        raise UserError(f"{name}: not the rows that {who} was trained on, so some of those would be test "
-                        "questions now; train it again")
-
-
 def unknown(examples, known):
     """The examples whose question, and whose group, is none of those of `known`."""
     asked, groups = {data.question_key(e) for e in known}, {str(e["group"]) for e in known if "group" in e}
     return [e for e in examples
             if data.question_key(e) not in asked and ("group" not in e or str(e["group"]) not in groups)]
-
-
-def describe(args, made_from, made_with, examples):
-    """-> (settings that are kept beside the matcher, what else results.json says)."""
-    places = ("out", "resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")
-    settings = {k: v for k, v in vars(args).items() if k not in places} | made_from
-    if made_with and any(made_with[k] != made_from[k] for k in ("fingerprint", "adapter")):
-        raise UserError(f"{args.out / 'matcher'}: trained with another model or adapter; train it again")
-    about = {k: settings[k] for k in ("model", "data", "shots", "seed", "dtype")} | {"examples": examples}
-    if made_with:  # what was trained stays as it was, what is compared now is new
-        compared = ("shots reward pool pool_size pool_rows max_new_tokens seed dtype n_train n_test "
-                    "n_answers oracle").split()
-        settings = settings | made_with | {k: settings[k] for k in compared}
-    return settings, about
 
 
 def resume(path, task, matcher, optimizer, settings):
@@ -536,7 +520,7 @@ def train_and_save(task, args, settings):
 def main():
     args, p = read_flags()
     ddp, start = data.Processes(), time.perf_counter()
-    task, settings, sft, about = load(args, p, ddp)
+    args, task, settings, sft, about = load(args, p, ddp)
     if not args.eval_only:
         train_and_save(task, args, settings)
     matcher, _ = matching.load(args.out / "matcher")  # the best, not the last

@@ -109,7 +109,7 @@ def load(out, **flags):
         sys.argv += [f"--{name}", str(value)]
     if (out / "pool.json").exists():
         sys.argv += ["--pool", str(out / "pool.json")]
-    return train_matcher.load(*train_matcher.read_flags(), data.Processes())
+    return train_matcher.load(*train_matcher.read_flags(), data.Processes())[1:]
 
 
 def features(out):
