@@ -2196,7 +2196,7 @@ FLAGS = {
     "train_lora --full": TRAIN + "--model tiny --data my.jsonl --lr .001",
     "train_matcher": TRAIN + "--reward logprob --rollouts 3 --lr .001 --shots 2 --oracle 2 "
                              "--n_train 12 --max_new_tokens 8",
-    "train_matcher --eval_only": "--threads 1 --oracle 2",
+    "train_matcher --eval_only": "--threads 1",
     "sample": SIMPLE + "--max_new_tokens 8",
 }
 LORA = ["lora", "last_lora.safetensors", "log_lora.jsonl"]  # what the two trainers leave in out/
@@ -2718,7 +2718,8 @@ def test_a_run_goes_on_from_wherever_its_files_are_called():
         (d / "my.jsonl").rename(d / "other.jsonl")
         settings = d / "moved/lora/adapter_config.json"
         settings.write_text(settings.read_text().replace('"my.jsonl"', '"other.jsonl"'))
-        for flags in (["--eval_only"], ["--eval_only", "--data", d / "other.jsonl"], ["--resume"]):
+        for flags in (["--eval_only", "--n_test", 99], ["--resume"],
+                      ["--eval_only", "--data", d / "other.jsonl"]):
             said = works("train_matcher", "--out", "moved", *flags, cwd=d)
             assert ("resumed at step 4" in said) == ("--resume" in flags)
             moved = data.read_json(d / "moved/results.json")

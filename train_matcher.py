@@ -375,7 +375,7 @@ def read_matcher(folder, adapter):
         settings["data"] = adapter["data"]  # however they were called then
     if settings.get("pool"):
         settings["pool"] = str(folder / "pool.json")  # the file it was may be gone
-    return {k: v for k, v in settings.items() if k not in ("n_test", "n_answers", "oracle")}
+    return settings
 
 
 def load_sft(folder, model, adapter, dtype, device, ddp):
