@@ -644,6 +644,35 @@ def read_checkpoint(path):
         return tensors, parse_json((file.metadata() or {}).get("state", "null"), path)
 
 
+def save_run(path, tensors, optimizer, log, settings, **more):
+    """A checkpoint of a training run: {name: tensor}, the moments of those that train, what led there."""
+    # the log first: after a kill between the two, the run that goes on writes it again
+    write_lines(path.with_name(path.name.replace("last_", "log_")).with_suffix(".jsonl"), log)
+    moments = {f"{name}.{kind}": t for name, x in tensors.items()
+               for kind, t in optimizer.state.get(x, {}).items() if kind != "step"}
+    tensors = {name: x.detach() for name, x in tensors.items()} | moments
+    write_checkpoint(path, tensors, {"log": log, "settings": settings} | more)
+
+
+@torch.no_grad()
+def resume_run(path, tensors, optimizer, settings, free=()):
+    """Restore what save_run wrote, `tensors` in place -> its state, or None where there is no such file."""
+    if (saved := read_checkpoint(path)) is None:
+        return None
+    found, state = saved
+    with fitting(path):
+        same_settings(settings, state["settings"], path, free)
+        step = state["log"][-1]["step"]
+        for name, x in tensors.items():
+            x.copy_(found[name].view_as(x))
+            if f"{name}.exp_avg" in found:
+                moments = {kind: found[f"{name}.{kind}"].view_as(x).to(x.device)
+                           for kind in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[x] = {"step": torch.tensor(float(step), device=x.device)} | moments
+    print(f"resumed at step {step}")
+    return state
+
+
 def digest_file(path, length=16):
     """A short name for the content of a file: the beginning of its SHA-256, which has 64 digits."""
     sha256 = hashlib.sha256()

@@ -124,17 +124,17 @@ class Run:
     trainable: list
     masters: list  # float32 copies of bfloat16 weights, which would round small updates away
     optimizer: torch.optim.Optimizer
-    step: int = 0
-    best: float = math.inf
     log: list = field(default_factory=list)
 
 
 def train(run, texts, args, ddp, save_best, checkpoint):
-    """Steps run.step to args.steps; every `eval_every` the held-out loss is measured and all is saved."""
+    """From the log's last step on, with the held-out loss and a checkpoint every `eval_every` -> the best."""
+    done = len(run.log)
+    best = min((row["held_out"] for row in run.log if "held_out" in row), default=math.inf)
     batches, interrupt = draw_batches(texts.n, args.batch_size, args.steps, args.seed), data.Interrupt()
     start, tokens, model = time.perf_counter(), 0, run.model.train()
-    bar = tqdm(total=args.steps, initial=run.step, desc="SFT" if args.full else "LoRA", disable=ddp.rank > 0)
-    for step in range(run.step, args.steps):
+    bar = tqdm(total=args.steps, initial=done, desc="SFT" if args.full else "LoRA", disable=ddp.rank > 0)
+    for step in range(done, args.steps):
         torch.manual_seed((args.seed << 20) + step)  # from the step's number: a resumed run draws the same
         rows = batches[step]
         fronts = texts.exemplars(rows, random.Random(f"{args.seed} {step}"))
@@ -158,7 +158,7 @@ def train(run, texts, args, ddp, save_best, checkpoint):
             if p is not master:
                 p.data.copy_(master)
 
-        run.step, seconds = step + 1, time.perf_counter() - start
+        seconds = time.perf_counter() - start
         tokens += int(batch[3].sum()) * ddp.world
         row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm.item(), "lr": group["lr"],
                "tokens_per_s": round(tokens / seconds), "seconds": round(seconds, 1)}
@@ -169,8 +169,8 @@ def train(run, texts, args, ddp, save_best, checkpoint):
             row["held_out"] = held_out_loss(model, texts, ddp)
             if not math.isfinite(row["held_out"]):  # a checkpoint of this step would lead nowhere
                 raise UserError(f"step {step + 1}: held-out loss {row['held_out']}; try a smaller --lr")
-            if better := row["held_out"] < run.best:
-                run.best = row["held_out"]
+            if better := row["held_out"] < best:
+                best = row["held_out"]
                 save_best()
             checkpoint()
             bar.write(f"step {step + 1:4d}  loss {loss:.3f}  held-out {row['held_out']:.3f}"
@@ -180,6 +180,7 @@ def train(run, texts, args, ddp, save_best, checkpoint):
             raise UserError(f"stopped after step {step + 1}, which is saved; go on with --resume")
     bar.close()
     interrupt.end()
+    return best
 
 
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
@@ -285,33 +286,6 @@ def prepare(model, args):
     return Run(model, trainable, masters, optimizer)
 
 
-def save_checkpoint(path, run, settings):
-    tensors = {}
-    for i, master in enumerate(run.masters):
-        s = run.optimizer.state[master]
-        tensors |= {f"{i}.weight": master.detach(), f"{i}.m": s["exp_avg"], f"{i}.v": s["exp_avg_sq"]}
-    state = {"step": run.step, "best": run.best, "log": run.log, "settings": settings}
-    # the log first: after a kill between the two, the run that goes on writes it again
-    data.write_lines(path.with_name(path.name.replace("last_", "log_")).with_suffix(".jsonl"), run.log)
-    data.write_checkpoint(path, tensors, state)
-
-
-def resume(path, run, settings):
-    if (saved := data.read_checkpoint(path)) is None:
-        return
-    tensors, state = saved
-    with data.fitting(path), torch.no_grad():
-        data.same_settings(settings, state["settings"], path)
-        run.step, run.best, run.log = int(state["step"]), float(state["best"]), list(state["log"])
-        for i, (p, master) in enumerate(zip(run.trainable, run.masters)):
-            weight, m, v = (tensors[f"{i}.{k}"].view_as(master).to(p.device) for k in ("weight", "m", "v"))
-            master.copy_(weight)
-            p.copy_(weight)
-            at = torch.tensor(float(run.step), device=p.device)
-            run.optimizer.state[master] = {"step": at, "exp_avg": m, "exp_avg_sq": v}
-    print(f"resumed at step {run.step}")
-
-
 def main():
     args, p = read_flags()
     ddp = data.Processes()
@@ -333,8 +307,11 @@ def main():
     n, everything = (sum(t.numel() for t in ps) for ps in (run.trainable, model.parameters()))
     print(f"{n:,} of {everything:,} parameters train ({n / everything:.2%}); {texts.n:,} training and "
           f"{len(texts.questions) - texts.n:,} held-out examples")
-    if args.resume:
-        resume(path, run, settings)
+    masters = {str(i): master for i, master in enumerate(run.masters)}
+    if args.resume and (state := data.resume_run(path, masters, run.optimizer, settings)):
+        run.log = state["log"]
+        for p, master in zip(run.trainable, run.masters):
+            p.data.copy_(master)
 
     def save_best():
         if ddp.rank == 0 and args.full:
@@ -343,9 +320,13 @@ def main():
         elif ddp.rank == 0:
             lora.save(model, folder, data.origin(args.model), settings)
 
-    train(run, texts, args, ddp, save_best, lambda: ddp.rank == 0 and save_checkpoint(path, run, settings))
+    def checkpoint():
+        if ddp.rank == 0:
+            data.save_run(path, masters, run.optimizer, run.log, settings)
+
+    best = train(run, texts, args, ddp, save_best, checkpoint)
     after = "" if args.full else f"; next: python train_matcher.py --out {args.out}"
-    print(f"best held-out loss {run.best:.3f}, in {folder}{after}")
+    print(f"best held-out loss {best:.3f}, in {folder}{after}")
 
 
 if __name__ == "__main__":

@@ -462,39 +462,13 @@ def unknown(examples, known):
             if data.question_key(e) not in asked and ("group" not in e or str(e["group"]) not in groups)]
 
 
-def resume(path, task, matcher, optimizer, settings):
-    """Restore the checkpoint that `save_checkpoint` wrote -> the log, or None where there is none."""
-    if (saved := data.read_checkpoint(path)) is None:
-        return None
-    tensors, state = saved
-    with data.fitting(path):
-        data.same_settings(settings, state["settings"], path, free=("n_test", "n_answers", "oracle"))
-        matcher.load_state_dict({k: tensors[k] for k in matcher.state_dict()})
-        for k, p in matcher.named_parameters():
-            if f"{k}.exp_avg" in tensors:
-                moments = {s: tensors[f"{k}.{s}"].view_as(p) for s in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": torch.tensor(float(state["log"][-1]["step"]))} | moments
-        task.env.asked, task.env.memo = set(state["memo"]), task.env.memo | state["memo"]
-        print(f"resumed at step {state['log'][-1]['step']}")
-        return state["log"]
-
-
-def save_checkpoint(path, task, matcher, optimizer, log, settings):
-    tensors = matcher.state_dict()
-    for k, p in matcher.named_parameters():
-        tensors |= {f"{k}.{s}": t for s, t in optimizer.state.get(p, {}).items() if s != "step"}
-    memo = {k: task.env.memo[k] for k in sorted(task.env.asked)}  # what else a --memo knows, it keeps
-    # the log first: after a kill between the two, the run that goes on writes it again
-    data.write_lines(path.with_name("log_matcher.jsonl"), log)
-    data.write_checkpoint(path, tensors, {"log": log, "memo": memo, "settings": settings})
-
-
 def train_and_save(task, args, settings):
     """Train, from the last checkpoint with --resume; OUT/matcher holds the best by validation reward."""
     folder, path, first = args.out / "matcher", args.out / "last_matcher.safetensors", task.env.ddp.rank == 0
     torch.manual_seed(args.seed)
     matcher = matching.Matcher(task.h["pool"].shape[1], args.hidden, args.candidates)
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
+    tensors, env = matcher.state_dict(keep_vars=True), task.env
 
     def save_best():
         if first:
@@ -502,10 +476,13 @@ def train_and_save(task, args, settings):
 
     def checkpoint():
         if first:
-            save_checkpoint(path, task, matcher, optimizer, log, settings)
+            memo = {k: env.memo[k] for k in sorted(env.asked)}  # what else a --memo knows, it keeps
+            data.save_run(path, tensors, optimizer, log, settings, memo=memo)
 
-    log = resume(path, task, matcher, optimizer, settings) if args.resume else None
-    if log is None:
+    compared = "n_test", "n_answers", "oracle"  # not what is trained
+    if args.resume and (state := data.resume_run(path, tensors, optimizer, settings, free=compared)):
+        log, env.asked, env.memo = state["log"], set(state["memo"]), env.memo | state["memo"]
+    else:
         log = begin(task, matcher, args)
         if first:
             data.write_json(folder / "pool.json", task.pool)
