@@ -127,7 +127,7 @@ class Run:
     log: list = field(default_factory=list)
 
 
-def train(run, texts, args, ddp, save_best, checkpoint):
+def train(run, texts, args, ddp, keep):
     """From the log's last step on, with the held-out loss and a checkpoint every `eval_every` -> the best."""
     done = len(run.log)
     best = min((row["held_out"] for row in run.log if "held_out" in row), default=math.inf)
@@ -171,12 +171,11 @@ def train(run, texts, args, ddp, save_best, checkpoint):
                 raise UserError(f"step {step + 1}: held-out loss {row['held_out']}; try a smaller --lr")
             if better := row["held_out"] < best:
                 best = row["held_out"]
-                save_best()
-            checkpoint()
+            keep(better)
             bar.write(f"step {step + 1:4d}  loss {loss:.3f}  held-out {row['held_out']:.3f}"
                       f"{'  (best: saved)' if better else ''}")
         if ddp.sum([interrupt.requested])[0] and step + 1 < args.steps:  # asked once: it may change any time
-            checkpoint()
+            keep()
             raise UserError(f"stopped after step {step + 1}, which is saved; go on with --resume")
     bar.close()
     interrupt.end()
@@ -313,18 +312,17 @@ def main():
         for p, master in zip(run.trainable, run.masters):
             p.data.copy_(master)
 
-    def save_best():
-        if ddp.rank == 0 and args.full:
+    def keep(better=False):
+        if ddp.rank > 0:
+            return
+        if better and args.full:
             save(model, folder, model.folder)
             data.write_json(folder / "pillow.json", settings)
-        elif ddp.rank == 0:
+        elif better:
             lora.save(model, folder, data.origin(args.model), settings)
+        data.save_run(path, masters, run.optimizer, run.log, settings)
 
-    def checkpoint():
-        if ddp.rank == 0:
-            data.save_run(path, masters, run.optimizer, run.log, settings)
-
-    best = train(run, texts, args, ddp, save_best, checkpoint)
+    best = train(run, texts, args, ddp, keep)
     after = "" if args.full else f"; next: python train_matcher.py --out {args.out}"
     print(f"best held-out loss {best:.3f}, in {folder}{after}")
 

@@ -93,7 +93,7 @@ def decay(optimizer, lr, done):
         group["lr"] = lr * (1 - done)
 
 
-def train(task, matcher, optimizer, log, args, save_best, checkpoint):
+def train(task, matcher, optimizer, log, args, keep):
     """REINFORCE from the log's last step on; every `eval_every` steps the matcher is validated and saved."""
     interrupt, start, ddp = data.Interrupt(), time.perf_counter(), task.env.ddp
     done, best = log[-1]["step"], max(row["held_out"] for row in log if "held_out" in row)
@@ -111,13 +111,12 @@ def train(task, matcher, optimizer, log, args, save_best, checkpoint):
             row |= validate(task, matcher) | {"calls": len(task.env.asked)}  # validation asks, too
             if better := row["held_out"] > best:
                 best = row["held_out"]
-                save_best()
-            checkpoint()
+            keep(better)
             bar.write(f"step {step + 1:4d}  reward {row['reward']:.3f}  validation {row['held_out']:.3f}"
                       f"{'  (best: saved)' if better else ''}  entropy {row['entropy']:.2f}  "
                       f"no exemplar for {row['held_out_figures']['none']:.0%}")
         if ddp.sum([interrupt.requested])[0] and step + 1 < args.steps:
-            checkpoint()
+            keep()
             raise UserError(f"stopped after step {step + 1}, which is saved; go on with --resume")
     bar.close()
     interrupt.end()
@@ -464,34 +463,33 @@ def unknown(examples, known):
 
 def train_and_save(task, args, settings):
     """Train, from the last checkpoint with --resume; OUT/matcher holds the best by validation reward."""
-    folder, path, first = args.out / "matcher", args.out / "last_matcher.safetensors", task.env.ddp.rank == 0
+    folder, path, env = args.out / "matcher", args.out / "last_matcher.safetensors", task.env
     torch.manual_seed(args.seed)
     matcher = matching.Matcher(task.h["pool"].shape[1], args.hidden, args.candidates)
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
-    tensors, env = matcher.state_dict(keep_vars=True), task.env
+    tensors = matcher.state_dict(keep_vars=True)
+    compared = "n_test", "n_answers", "oracle"  # a run that goes on may have others
 
-    def save_best():
-        if first:
+    def keep(better=False):
+        if env.ddp.rank > 0:
+            return
+        if better:
             matching.save(matcher, folder, settings)
+        memo = {k: env.memo[k] for k in sorted(env.asked)}  # what else a --memo knows, it keeps
+        data.save_run(path, tensors, optimizer, log, settings, memo=memo)
 
-    def checkpoint():
-        if first:
-            memo = {k: env.memo[k] for k in sorted(env.asked)}  # what else a --memo knows, it keeps
-            data.save_run(path, tensors, optimizer, log, settings, memo=memo)
-
-    compared = "n_test", "n_answers", "oracle"  # not what is trained
     if args.resume and (state := data.resume_run(path, tensors, optimizer, settings, free=compared)):
         log, env.asked, env.memo = state["log"], set(state["memo"]), env.memo | state["memo"]
     else:
         log = begin(task, matcher, args)
-        if first:
+        if env.ddp.rank == 0:
             data.write_json(folder / "pool.json", task.pool)
-        checkpoint()  # --resume must not go on from one that an earlier run left
+        keep()  # --resume must not go on from one that an earlier run left
     if log[-1]["step"] == 0:
-        save_best()
-    train(task, matcher, optimizer, log, args, save_best, checkpoint)
-    settings["llm_calls"] = len(task.env.asked)
-    task.env.ddp.wait()  # for the files of the first
+        keep(better=True)
+    train(task, matcher, optimizer, log, args, keep)
+    settings["llm_calls"] = len(env.asked)
+    env.ddp.wait()  # for the files of the first
 
 
 def main():
