@@ -656,12 +656,18 @@ def save_run(path, tensors, optimizer, log, settings, **more):
 
 @torch.no_grad()
 def resume_run(path, tensors, optimizer, settings, free=()):
-    """Restore what save_run wrote, `tensors` in place -> its state, or None where there is no such file."""
+    """Restore what save_run wrote, `tensors` in place -> its state, or None where there is no such file.
+
+    It has to be of the same run, but for `free` settings and those that only name places: digests among the
+    settings say what is there."""
     if (saved := read_checkpoint(path)) is None:
         return None
     found, state = saved
     with fitting(path):
-        same_settings(settings, state["settings"], path, free)
+        for key, now in settings.items():
+            then = state["settings"].get(key)
+            if key not in {"data", "model", "pool", "lora", *free} and then != now:
+                raise UserError(f"--resume: {path} was made with {key} = {then!r}, not {now!r}")
         step = state["log"][-1]["step"]
         for name, x in tensors.items():
             x.copy_(found[name].view_as(x))
@@ -977,15 +983,6 @@ def pointless(p, args, why, *names):
     for name in names:
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name} has no effect with {why}")
-
-
-def same_settings(now, then, path, free=()):
-    """A resumed run must be the one that was interrupted, but for `free` settings and those that only name
-    places: digests among the settings say what is there."""
-    free = {"data", "model", "pool", "lora", *free}
-    for key, value in now.items():
-        if key not in free and then.get(key) != value:
-            raise UserError(f"--resume: {path} was made with {key} = {then.get(key)!r}, not {value!r}")
 
 
 def peak_memory():

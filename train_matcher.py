@@ -377,13 +377,13 @@ def read_matcher(folder, adapter):
     return settings
 
 
-def load_sft(folder, model, adapter, dtype, device, ddp):
+def load_sft(folder, model, adapter, ddp):
     """The fully tuned model, if it is of the same shape, tokenizer and split."""
     ddp.first(lambda: data.resolve_model(folder))
-    sft = GPT.from_pretrained(folder, dtype, device)
-    tokenizers = {(data.digest_file(x.folder / "tokenizer.json"), data.end_ids(x.folder))
-                  for x in (sft, model)}
-    if sft.config != model.config or len(tokenizers) > 1:
+    sft = GPT.from_pretrained(folder, model.embed.weight.dtype, model.device)
+    its, ours = ((x.config, data.digest_file(x.folder / "tokenizer.json"), data.end_ids(x.folder))
+                 for x in (sft, model))
+    if its != ours:
         raise UserError(f"--sft {folder}: its shape or tokenizer is not that of the adapter's model")
     if (sft.folder / "pillow.json").exists():
         made_with = data.read_json(sft.folder / "pillow.json", dict)
@@ -419,7 +419,7 @@ def load(args, p, ddp):
     if any(made_with.get(k, made_from[k]) != made_from[k] for k in ("rows", "fingerprint", "adapter")):
         raise UserError(f"{args.out / 'matcher'}: trained on other rows, or with another model or adapter; "
                         "train it again")
-    sft = load_sft(args.sft, model, adapter, dtype, device, ddp) if args.sft else None
+    sft = load_sft(args.sft, model, adapter, ddp) if args.sft else None
 
     questions = {"train": parts["matcher_train"][: args.n_train], "val": parts["val"][: args.n_val],
                  "test": parts["test"][: args.n_test]}
