@@ -150,11 +150,11 @@ def load(args, p):
     """-> (environment, chooser)."""
     lora_folder, folder = Path(args.lora or args.out / "lora"), args.out / "matcher"
     matcher, settings = matching.load(folder)
+    p.set_defaults(model=settings["model"], shots=settings["shots"])  # what is not typed
+    args = p.parse_args()
     pool = data.load_pool(args.pool or folder / "pool.json")
-    shots = args.shots or settings["shots"]
-    name = settings["model"] if args.model == p.get_default("model") else args.model
     device, dtype = setup(args)
-    model, enc = GPT.from_pretrained(name, dtype, device), data.load_tokenizer(name)
+    model, enc = GPT.from_pretrained(args.model, dtype, device), data.load_tokenizer(args.model)
     digest = lora.digest(lora_folder)
     if (settings["fingerprint"], settings["adapter"]) != (model.fingerprint, digest):
         raise UserError(f"{folder}: of another model or adapter; run train_matcher.py --out {args.out}")
@@ -163,7 +163,7 @@ def load(args, p):
     encoded = matcher.encode(matching.cached_features(model, enc, pool, "the pool", digest))
     env = rl.Environment(model, enc, pool, args.max_new_tokens, block=1)  # only the chosen one
     bm25, rng = matching.BM25([data.query_text(e) for e in pool]), np.random.default_rng(args.seed)
-    return env, Chooser(matcher, pool, encoded, bm25, shots, settings.get("threshold", -1.0), rng)
+    return env, Chooser(matcher, pool, encoded, bm25, args.shots, settings.get("threshold", -1.0), rng)
 
 
 @torch.no_grad()
