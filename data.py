@@ -636,9 +636,7 @@ def write_checkpoint(path, tensors, state):
 
 
 def read_checkpoint(path):
-    """-> (tensors, state) as write_checkpoint wrote them, or None when there is no such file."""
-    if not Path(path).exists():
-        return None
+    """-> (tensors, state) as write_checkpoint wrote them."""
     tensors = dict(read_safetensors(path))
     with safe_open(path, "pt") as file:
         return tensors, parse_json((file.metadata() or {}).get("state", "null"), path)
@@ -660,9 +658,9 @@ def resume_run(path, tensors, optimizer, settings, free=()):
 
     It has to be of the same run, but for `free` settings and those that only name places: digests among the
     settings say what is there."""
-    if (saved := read_checkpoint(path)) is None:
+    if not path.exists():
         return None
-    found, state = saved
+    found, state = read_checkpoint(path)
     with fitting(path):
         for key, now in settings.items():
             then = state["settings"].get(key)

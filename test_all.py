@@ -1386,7 +1386,7 @@ def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new
 def test_a_checkpoint_comes_back_to_the_bit_and_a_damaged_file_is_one_line_that_names_it():
     with folder() as d:
         path, state = d / "new" / "c.safetensors", {"log": [{"loss": 0.1}], "é": "😀"}
-        assert data.read_checkpoint(path) is None and refused(next, data.read_safetensors(path))
+        assert data.resume_run(path, {}, None, {}) is None and refused(next, data.read_safetensors(path))
         tensors = {"a": torch.randn(3, 5).t(), "b": torch.ones(2).bfloat16()}
         data.write_checkpoint(path, tensors, state)
         (found, read), whole = data.read_checkpoint(path), path.read_bytes()

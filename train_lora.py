@@ -21,7 +21,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -118,19 +118,17 @@ def held_out_loss(model, texts, ddp):
 
 @dataclass
 class Run:
-    """A training run: what trains, and what a resumed run goes on from."""
+    """A training run: what trains, and how."""
 
     model: GPT
     trainable: list
     masters: list  # float32 copies of bfloat16 weights, which would round small updates away
     optimizer: torch.optim.Optimizer
-    log: list = field(default_factory=list)
 
 
-def train(run, texts, args, ddp, keep):
+def train(run, texts, log, args, ddp, keep):
     """From the log's last step on, with the held-out loss and a checkpoint every `eval_every` -> the best."""
-    done = len(run.log)
-    best = min((row["held_out"] for row in run.log if "held_out" in row), default=math.inf)
+    done, best = len(log), min((row["held_out"] for row in log if "held_out" in row), default=math.inf)
     batches, interrupt = draw_batches(texts.n, args.batch_size, args.steps, args.seed), data.Interrupt()
     start, tokens, model = time.perf_counter(), 0, run.model.train()
     bar = tqdm(total=args.steps, initial=done, desc="SFT" if args.full else "LoRA", disable=ddp.rank > 0)
@@ -162,7 +160,7 @@ def train(run, texts, args, ddp, keep):
         tokens += int(batch[3].sum()) * ddp.world
         row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm.item(), "lr": group["lr"],
                "tokens_per_s": round(tokens / seconds), "seconds": round(seconds, 1)}
-        run.log.append(row)
+        log.append(row)
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tok/s")
         bar.update()
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
@@ -306,9 +304,9 @@ def main():
     n, everything = (sum(t.numel() for t in ps) for ps in (run.trainable, model.parameters()))
     print(f"{n:,} of {everything:,} parameters train ({n / everything:.2%}); {texts.n:,} training and "
           f"{len(texts.questions) - texts.n:,} held-out examples")
-    masters = {str(i): master for i, master in enumerate(run.masters)}
+    log, masters = [], {str(i): master for i, master in enumerate(run.masters)}
     if args.resume and (state := data.resume_run(path, masters, run.optimizer, settings)):
-        run.log = state["log"]
+        log = state["log"]
         for p, master in zip(run.trainable, run.masters):
             p.data.copy_(master)
 
@@ -320,9 +318,9 @@ def main():
             data.write_json(folder / "pillow.json", settings)
         elif better:
             lora.save(model, folder, data.origin(args.model), settings)
-        data.save_run(path, masters, run.optimizer, run.log, settings)
+        data.save_run(path, masters, run.optimizer, log, settings)
 
-    best = train(run, texts, args, ddp, keep)
+    best = train(run, texts, log, args, ddp, keep)
     after = "" if args.full else f"; next: python train_matcher.py --out {args.out}"
     print(f"best held-out loss {best:.3f}, in {folder}{after}")
 
