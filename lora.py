@@ -135,7 +135,7 @@ def save(model, folder, base_model="", extra=None):
 def digest(folder):
     """A short name for an adapter's weights and what is done with them; matchers and memos are tied to it."""
     config = read_config(Path(folder) / "adapter_config.json")
-    asked = json.dumps({key: config.get(key) for key in sorted(HONOURED - {"pillow"})})
+    asked = json.dumps({key: config.get(key) for key in sorted(HONOURED)})
     weights = data.digest_file(Path(folder) / "adapter_model.safetensors")
     return hashlib.sha256((weights + asked).encode()).hexdigest()[:16]
 
@@ -143,27 +143,27 @@ def digest(folder):
 # Settings of adapter_config.json that are honoured, and those that change nothing in a trained adapter; every
 # other one has to be empty.
 HONOURED = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
-            "init_lora_weights", "pillow"}
+            "init_lora_weights"}
 HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
             "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "eva_config",
             "corda_config", "megatron_core", "qalora_group_size", "runtime_config",
-            "ensure_weight_tying", "lora_ga_config"}
+            "ensure_weight_tying", "lora_ga_config", "pillow"}
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # they leave the base weight as it is
 
 
 def read_config(path):
     """adapter_config.json, checked: each setting is honoured, known to change nothing, or refused by name."""
-    config = data.read_json(path, dict)
+    config = {"lora_dropout": 0.0} | data.read_json(path, dict)
     for key, value in config.items():
         known = key in HONOURED | HARMLESS or value is None or value is False or value in ("none", "", [], {})
         wrong = {"init_lora_weights": value not in STARTS, "peft_type": value != "LORA"}.get(key, not known)
         if wrong:
             raise UserError(f"{path}: {key} = {str(value)[:60]!r} is not supported")
-    real = int, float
-    limits = ("r", int, 1, 4096), ("lora_alpha", real, 0, 1e6), ("lora_dropout", real, 0, 1)
-    for key, kind, low, high in limits:
-        value = config.setdefault(key, 0.0 if key == "lora_dropout" else None)
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+    real = int, float  # but no bool, which isinstance would take for an int
+    limits = ("r", (int,), 1, 4096), ("lora_alpha", real, 0, 1e6), ("lora_dropout", real, 0, 1)
+    for key, kinds, low, high in limits:
+        value = config.get(key)
+        if type(value) not in kinds or not low <= value <= high:
             raise UserError(f"{path}: {key} = {str(value)[:20]!r} is not a usable number")
     targets = config.get("target_modules")
     with contextlib.suppress(re.error):
