@@ -619,19 +619,19 @@ def load(folder, dtype, device):
     return model.eval()
 
 
-def save(model, folder, source):
-    """Write weights, `source`'s config (head and type as now) and tokenizer: a folder for --model."""
+def save(model, folder):
+    """Write weights, config (head and type as now) and tokenizer: a folder for --model."""
     named = ((hf_name(model.config, name), p.detach()) for name, p in model.named_parameters())
     state = {theirs: p.t() if transposed else p for (theirs, transposed), p in named}
     data.write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
-    config = read_json(source / "config.json", dict) | {"tie_word_embeddings": model.config.tied}
+    config = read_json(model.folder / "config.json", dict) | {"tie_word_embeddings": model.config.tied}
     kind = str(model.embed.weight.dtype).removeprefix("torch.")
     config |= {key: kind for key in ("dtype", "torch_dtype") if key in config}
     data.write_json(folder / "config.json", config)
     for name in ("tokenizer.json", *data.EXTRAS):
-        if (source / name).exists():
+        if (model.folder / name).exists():
             with data.atomic_write(folder / name) as temp:
-                shutil.copyfile(source / name, temp)
+                shutil.copyfile(model.folder / name, temp)
 
 
 # ---- fast versions of a plain operation ------------------------------------------------------------

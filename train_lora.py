@@ -314,7 +314,7 @@ def main():
         if ddp.rank > 0:
             return
         if better and args.full:
-            save(model, folder, model.folder)
+            save(model, folder)
             data.write_json(folder / "pillow.json", settings)
         elif better:
             lora.save(model, folder, data.origin(args.model), settings)
