@@ -292,7 +292,7 @@ SOURCES = {  # name: [(url at a fixed commit, sha256 where it is known)]
                       ("test", "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d"))],
 }
 SPELLINGS = ("instruction",), ("input", "context"), ("output", "response")  # Alpaca's spelling, then Dolly's
-HARMLESS = {"group", "field", "category", "text", "id", "source"}  # may stand beside them, in no prompt
+UNCOUNTED_FIELDS = {"group", "field", "category", "text", "id", "source"}  # in no prompt, nor warned of
 
 
 def load_examples(name_or_path, flag="--data"):
@@ -365,7 +365,7 @@ def read_row(row, where, unread):
         example[names[0]] = value
     if not example["instruction"].strip():
         raise UserError(f"{where}: 'instruction' is empty")
-    unread.update(says.keys() - HARMLESS)
+    unread.update(says.keys() - UNCOUNTED_FIELDS)
     group = says.get("group")
     if type(group) not in (str, int, type(None)):
         raise UserError(f"{where}: 'group' is neither text nor a whole number")

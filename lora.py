@@ -144,10 +144,9 @@ def digest(folder):
 # other one has to be empty.
 HONOURED = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
             "init_lora_weights"}
-HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-            "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "eva_config",
-            "corda_config", "megatron_core", "qalora_group_size", "runtime_config",
-            "ensure_weight_tying", "lora_ga_config", "pillow"}
+INERT = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "fan_in_fan_out",
+         "inference_mode", "layers_pattern", "loftq_config", "eva_config", "corda_config", "megatron_core",
+         "qalora_group_size", "runtime_config", "ensure_weight_tying", "lora_ga_config", "pillow"}
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # they leave the base weight as it is
 
 
@@ -155,7 +154,7 @@ def read_config(path):
     """adapter_config.json, checked: each setting is honoured, known to change nothing, or refused by name."""
     config = {"lora_dropout": 0.0} | data.read_json(path, dict)
     for key, value in config.items():
-        known = key in HONOURED | HARMLESS or value is None or value is False or value in ("none", "", [], {})
+        known = key in HONOURED | INERT or value is None or value is False or value in ("none", "", [], {})
         wrong = {"init_lora_weights": value not in STARTS, "peft_type": value != "LORA"}.get(key, not known)
         if wrong:
             raise UserError(f"{path}: {key} = {str(value)[:60]!r} is not supported")

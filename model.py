@@ -466,7 +466,7 @@ class PrefixCache:
 # ---- plumbing: skip on a first reading -----------------------------------------------------------
 # Settings of a config.json that change no answer: training, bookkeeping, how others generate by default. One
 # that `read_config` takes is honoured; any other is refused by name unless it says null, false, 0 or nothing.
-HARMLESS = set("""
+CHANGE_NO_ANSWER = set("""
     architectures torch_dtype dtype transformers_version transformers.js_config tokenizer_class name_or_path
     unsloth_version unsloth_fixed is_llama_config attention_dropout attn_pdrop embd_pdrop resid_pdrop
     initializer_range gradient_checkpointing use_cache pretraining_tp return_dict is_decoder output_attentions
@@ -534,7 +534,7 @@ def read_config(hf, where):
         if off or kind == "mistral" and type(window) is int and window >= cfg.n_ctx:
             s.left.pop("sliding_window")
     for key, value in s.left.items():
-        if value and key not in HARMLESS and not key.startswith("_"):
+        if value and key not in CHANGE_NO_ANSWER and not key.startswith("_"):
             s.refuse(key, value)
     D = cfg.head_dim
     fits = H * D == C if kind == "gpt2" else D % 2 == 0
