@@ -340,14 +340,13 @@ def read_banking77(path):
 
 
 def read_rows(path):
-    """Yield (number, row) of a file of JSON or JSON lines: its first character tells, whatever its suffix."""
-    first = next((line for _, line in read_lines(path)), "")
-    if first.lstrip().startswith("["):
-        yield from enumerate(read_json(path, list), 1)
-    else:
-        for n, line in read_lines(path):
-            where = f"{path}, line {n} (not a JSON list, nor an object a line; CSV is not read)"
-            yield n, parse_json(line, where)
+    """(number, row) of each in a file of JSON or JSON lines; its first character tells, not its suffix."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        return enumerate(parse_json(text, path), 1)
+    lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    hint = "not a JSON list, nor an object a line; CSV is not read"
+    return ((n, parse_json(line, f"{path}, line {n} ({hint})")) for n, line in lines)
 
 
 def read_row(row, where, unread):
@@ -524,10 +523,11 @@ def run(main):
 
 @contextlib.contextmanager
 def fitting(where):
-    """Inside, what does not fit (a missing key, another kind or shape) is a UserError about `where`."""
+    """Inside, what does not fit (a missing key, another kind, shape, format) is a UserError about `where`."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError,
+            ValueError) as error:
         what = f"{type(error).__name__}: {error}".split("\n")[0][:200]
         raise UserError(f"{where}: damaged, or made by another program or version ({what})") from None
 
@@ -581,28 +581,23 @@ def write_lines(path, rows):
         temp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_lines(path):
-    """Yield (number, line) of a UTF-8 file, less its byte-order mark and blank lines; UserError."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not text in UTF-8; is it compressed, or binary?") from None
+def read_text(path):
+    """A file of UTF-8, less its byte-order mark; UserError."""
+    with fitting(f"{path} (not text in UTF-8; is it compressed, or binary?)"):
+        return Path(path).read_text(encoding="utf-8-sig")
 
 
 def parse_json(text, where):
     """What `text` says in JSON, or a UserError that begins with `where`: a file, or file and line."""
-    try:
+    with fitting(where):
         obj = json.loads(text)
         json.dumps(obj, ensure_ascii=False).encode()  # half of a surrogate pair cannot be encoded
         return obj
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: no usable JSON: {error}") from None
 
 
 def read_json(path, kind=object):
     """The content of a JSON file, which must be of `kind`; UserError."""
-    content = parse_json("".join(line for _, line in read_lines(path)), path)
+    content = parse_json(read_text(path), path)
     if not isinstance(content, kind):
         raise UserError(f"{path}: a {kind.__name__} is expected, this is a {type(content).__name__}")
     return content
@@ -611,17 +606,14 @@ def read_json(path, kind=object):
 def read_safetensors(path, skip=()):
     """Yield (name, tensor) of a safetensors file, less names that end as in `skip`; UserError."""
     floats = torch.float64, torch.float32, torch.float16, torch.bfloat16  # not float8: scales go with it
-    try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                if name.endswith(skip):
-                    continue
-                tensor = file.get_tensor(name).clone()  # a view would keep the file open
-                if tensor.dtype not in floats or not tensor.isfinite().all():
-                    raise UserError(f"{path}: {name!r} ({tensor.dtype}) holds what is no finite number")
-                yield name, tensor
-    except (SafetensorError, OSError, RuntimeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: no safetensors file ({str(error).splitlines()[0]})") from None
+    with fitting(path), safe_open(path, "pt") as file:
+        for name in file.keys():
+            if name.endswith(skip):
+                continue
+            tensor = file.get_tensor(name).clone()  # a view would keep the file open
+            if tensor.dtype not in floats or not tensor.isfinite().all():
+                raise UserError(f"{path}: {name!r} ({tensor.dtype}) holds what is no finite number")
+            yield name, tensor
 
 
 def write_safetensors(path, tensors, metadata=None):
