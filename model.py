@@ -589,24 +589,23 @@ def load(folder, dtype, device):
     """The model in `folder`: see GPT.from_pretrained."""
     cfg = read_config(read_json(folder / "config.json", dict), folder / "config.json")
     model, state = GPT(cfg), {}
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    keys = {name: hf_name(cfg, name) for name in shapes}
-    wanted = {theirs: (ours, transposed) for ours, (theirs, transposed) in keys.items()}
-    top = keys["embed.weight"][0].split(".")[0] + "."  # left out where a model was saved without its head
+    places = {}  # {Hugging Face's name: (ours, whether it is stored transposed, the shape it is stored in)}
+    for ours, p in model.named_parameters():
+        theirs, transposed = hf_name(cfg, ours)
+        places[theirs] = ours, transposed, tuple(p.t().shape if transposed else p.shape)
+    top = hf_name(cfg, "embed")[0].split(".")[0] + "."  # left out where a model was saved without its head
     stored = ((path, *each) for path in weight_files(folder) for each in read_safetensors(path, BUFFERS))
     for path, name, tensor in stored:
-        ours, transposed = wanted.get(name) or wanted.get(top + name) or (None, False)
-        if ours is None:
+        if not (place := places.get(name) or places.get(top + name)):
             raise UserError(f"{path}: the weight {name!r} has no place in a model of this config.json")
-        want = shapes[ours][::-1] if transposed else shapes[ours]
+        ours, transposed, want = place
         if tensor.shape != want:
             raise UserError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, config.json asks for {want}")
-        tensor = tensor.t() if transposed else tensor
-        state[ours] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        state[ours] = (tensor.t() if transposed else tensor).to(device, dtype).contiguous()
     one = state.get("embed.weight", state.get("lm_head.weight"))
     if cfg.tied and one is not None:  # as transformers 5: one stands for both, a copy is a tie, others count
         cfg.tied = torch.equal(state.setdefault("embed.weight", one), state.setdefault("lm_head.weight", one))
-    if missing := [keys[name][0] for name in shapes if name not in state]:
+    if missing := [theirs for theirs, (ours, *_) in places.items() if ours not in state]:
         more = f", and {len(missing) - 1} more" if missing[1:] else ""
         raise UserError(f"{folder}: the weight {missing[0]!r} is missing{more}")
     model.load_state_dict(state, assign=True)
