@@ -545,7 +545,7 @@ def atomic_write(path):
         try:
             os.kill(int(orphan.name.split(".")[-2]), 0)  # asks only; Windows' does more
         except ProcessLookupError:  # killed, it left up to gigabytes behind
-            shutil.rmtree(orphan, ignore_errors=True) if orphan.is_dir() else orphan.unlink()
+            shutil.rmtree(orphan, ignore_errors=True)
         except (PermissionError, ValueError):  # another user's, or not one of ours
             pass
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -923,10 +923,8 @@ def try_download(url, path, sha256):
 # ---- flags and processes
 
 
-def number(kind, low, high=None):
+def number(kind, low, high=2**31 - 1):
     """An argparse type: a number of `kind` within [low, high]."""
-    high = high or {int: 2**31 - 1, float: 1e30}[kind]
-
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
