@@ -452,9 +452,8 @@ def make_encoding(spec, name, ends=()):
     vocab, tokens = model["vocab"], spec.get("added_tokens") or []
     added = {token["content"]: token["id"] for token in tokens}
     ids = list((vocab | added).values())
-    whole = all(type(i) is int and 0 <= i < 1 << 24 for i in ids) and len(set(ids)) == len(ids)
-    if not whole or "" in added or any(vocab.get(token, i) != i for token, i in added.items()):
-        raise ValueError("an id is used twice or is no number, or an added token is empty")
+    if len({*ids}) < len(ids) or "" in added or any(vocab.get(token, i) != i for token, i in added.items()):
+        raise ValueError("an id is used twice, or an added token is empty")
 
     # GPT-2 spells each byte as a letter: itself where that is visible, else one from chr(256) on.
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
