@@ -514,10 +514,14 @@ def run(main):
     except KeyboardInterrupt:
         status, line = 130, "interrupted; every file is whole, and --resume goes on from the last checkpoint"
     except OSError as error:
-        status, line = 2, f"error: {error.filename or 'a file'}: {error.strerror or error}"
-    # The line may quote a hostile file, whose escape sequences must not reach the terminal.
-    print("".join(c if c.isprintable() else " " for c in line[:1000]), file=sys.stderr)
+        status, line = 2, f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
+    print(visible(" ".join(line[:1000].splitlines())), file=sys.stderr)
     sys.exit(status)
+
+
+def visible(text):
+    """Text for the terminal: control characters (colours, cursor movements) are shown, not obeyed."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 @contextlib.contextmanager
@@ -912,8 +916,13 @@ def try_download(url, path, sha256):
                     bar.update(len(block))
                 file.flush()
                 os.fsync(file.fileno())
-    fits = digest_file(part, 64) == sha256 if sha256 else status != 416  # 416: perhaps it is too long
-    if not fits:
+    try:
+        whole = digest_file(part, 64) == sha256 if sha256 else status != 416  # 416: perhaps it is too long
+        if path.suffix == ".json":
+            read_json(part)  # a network's log-in page in its place would be kept for good
+    except UserError:
+        whole = False
+    if not whole:
         part.unlink()
         raise UserError(f"{url}: what arrived is not what was announced, and thrown away; run again")
     os.replace(part, path)
@@ -948,7 +957,11 @@ def parser(doc):
         def _get_help_string(self, action):  # "(default: None)" would contradict a text that tells it
             return action.help if "default:" in action.help else super()._get_help_string(action)
 
-    p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):  # it quotes what was typed
+            super().error(visible(message))
+
+    p = Parser(description=doc, formatter_class=Help, allow_abbrev=False)
     p.add_argument("--model", default="smollm2-135m",
                    help=f"a short name ({', '.join(SHORT_NAMES)}), a Hub id org/name, or a folder in "
                         "Hugging Face layout; after train_lora.py, the adapter's own unless another is named")

@@ -23,7 +23,7 @@ import data
 import lora
 import matcher as matching
 import rl
-from data import UserError
+from data import UserError, visible
 from model import GPT, setup
 
 SELECTORS = ("pillow", "knn", "threshold", "bm25", "random", "none")
@@ -50,11 +50,6 @@ class Chooser:
             rank = 1 + int((cosine > cosine[j]).sum())
             print(f"    {p[j]:5.3f}  {cosine[j]:10.3f}  {rank:4d}  {line(self.pool[j])}")
         print(f"    {p[-1]:5.3f}                    stop")
-
-
-def visible(text):
-    """Text for the terminal: control characters (colours, cursor movements) are shown, not obeyed."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def line(exemplar):

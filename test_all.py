@@ -1368,12 +1368,16 @@ def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new
                 (OSError(errno.ENOSPC, "No space left"), 2, "a.json: No space"),
                 (RuntimeError("I/O error: full (os error 28)"), 2, "a.json: No space"),  # of safetensors
                 (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "out: Permission denied"),
-                (data.UserError("a\x1b[2Jb\nc" + "d" * 10_000), 2, "a [2Jb c"),
+                (data.UserError("a\x1b[2Jb\nc" + "d" * 10_000), 2, r"a\x1b[2Jb c"),
                 (KeyboardInterrupt(), 130, "interrupted")):
             with contextlib.redirect_stderr(io.StringIO()) as stderr:
                 status = refused(data.run, functools.partial(main, error), error=SystemExit)
             assert status == str(want) and words in (line := stderr.getvalue())
             assert line.count("\n") == 1 and len(line) < 1100
+        flags = data.parser("")
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            assert refused(flags.parse_args, ["\x1b[2J"], error=SystemExit) == "2"
+        assert "\x1b" not in stderr.getvalue()
         assert refused(data.write_json, d / "a.json", math.nan, error=ValueError)
         data.write_safetensors(d / "weights", {"a": torch.ones(1)})
         assert (d / "weights").stat().st_mode == (d / "a.json").stat().st_mode  # others may read both
@@ -1623,6 +1627,8 @@ def test_a_download_goes_on_from_the_part_that_is_there_and_throws_a_wrong_one_a
             data.download(url, d / "f", sha256=SHA256)
             assert (d / "f").read_bytes() == BODY and os.listdir(d) == ["f"] and len(asked) == times
             data.download("nonsense://x/y", d / "f")  # what is there is not asked for
+    with folder() as d, server(lambda *_: (200, {}, b"<html>Please log in</html>")) as (url, _):
+        assert "announced" in refused(data.download, url, d / "f.json") and not os.listdir(d)
 
 
 def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_stays():
