@@ -321,20 +321,18 @@ def test_sampled_picks_come_as_often_as_their_probability_says():
 
 
 def test_an_untrained_matcher_is_cosine_nearest_neighbour():
+    """In standardised features, of which one that never varies says nothing."""
     tower, h_pool, h = random_matcher(16, 30, 40, learnt=False)
-    z, z_pool = ((x - h_pool.mean(0)) / h_pool.std(0, correction=0) for x in (h, h_pool))
+    h_pool[:, 5] = 2.0
+    tower.standardise(h_pool)
+    std = h_pool.std(0, correction=0)
+    z, z_pool = ((x - h_pool.mean(0)) / torch.where(std > 0, std, 1.0) for x in (h, h_pool))
     cosine = F.cosine_similarity(z[:, None], z_pool, dim=-1)  # (40, 30)
     assert (cosine.amax(1) > 0).all()  # *stop* stands at similarity 0
     nearest, allowed = cosine.argmax(1, keepdim=True).tolist(), all_allowed(40, 30)
     assert tower.play(h, tower.encode(h_pool), allowed, 1)[0].tolist() == nearest
     assert matcher.select_nearest(tower.z(h), tower.z(h_pool), allowed, 1) == nearest
     close(matcher.similarity(tower.z(h), tower.z(h_pool), nearest), cosine.amax(1), 1e-5)
-
-
-def test_a_feature_that_never_varies_does_no_harm():
-    tower, h_pool = matcher.Matcher(3), torch.tensor([[1.0, 2, 5], [3, 2, 6], [1, 2, 9]])
-    tower.standardise(h_pool)
-    assert torch.isfinite(tower.z(h_pool)).all() and tower.std[1] == 1 and not tower.z(h_pool)[:, 1].any()
 
 
 def test_the_policy_starts_as_sharp_and_as_ready_to_stop_as_asked_whatever_the_pools_size():
@@ -369,9 +367,7 @@ def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one
         again, settings = matcher.load(d)
         assert made_with.items() <= settings.items() and again.settings == tower.settings
         assert torch.equal(*(first_choice(t, h_pool, h, all_allowed(5, 4)) for t in (tower, again)))
-        for bad in ({"shots": 0}, {"seed": "x"}, {"reward": "rouge"}, {"dtype": None}, {"weights": "0"},
-                    {"matcher": []}, {"matcher": {}}, {"matcher": tower.settings | {"hidden": 7}},
-                    {"matcher": tower.settings | {"C": "4"}}):
+        for bad in ({"shots": 0}, {"dtype": None}, {"weights": "0"}, {"matcher": {}}):
             (d / "config.json").write_text(json.dumps(settings | bad))
             refused(matcher.load, d)
 
@@ -416,10 +412,10 @@ def test_bm25_by_hand():
     assert ties == [[*range(1, 300, 2), *range(0, 300, 2)]]  # by their place in the pool
 
 
-def test_no_selector_picks_what_is_not_allowed_or_picks_twice():
+def test_no_selector_picks_what_is_not_allowed_or_picks_twice_and_random_is_uniform():
     n, B, shots = 6, 40, 4
     tower, h_pool, h = random_matcher(5, n, B)
-    z_pool, z = tower.z(h_pool), tower.z(h)
+    z_pool, z, encoded = tower.z(h_pool), tower.z(h), tower.encode(h_pool)
     allowed = torch.rand(B, n, generator=torch.Generator().manual_seed(0)) < 0.5
     allowed[0], allowed[1] = False, True
     bm25 = matcher.BM25([f"word{j} word{j + 1}" for j in range(n)])
@@ -428,17 +424,13 @@ def test_no_selector_picks_what_is_not_allowed_or_picks_twice():
                    bm25.select([f"word{b % 7} word{b % 3}" for b in range(B)], allowed, shots)):
         for row, picks in zip(allowed, chosen):
             assert len(set(picks)) == len(picks) == min(shots, int(row.sum())) and all(row[picks])
-    cosine = F.cosine_similarity(z[:, None], z_pool, dim=-1)
-    for row, picks, c in zip(allowed, knn, cosine.tolist()):
+    for row, picks, c in zip(allowed, knn, F.cosine_similarity(z[:, None], z_pool, dim=-1).tolist()):
         assert picks == sorted((j for j in range(n) if row[j]), key=lambda j: -c[j])[:shots]
-    likeliest = matcher.select_likeliest(tower, h, tower.encode(h_pool), allowed, shots)
+    likeliest = matcher.select_likeliest(tower, h, encoded, allowed, shots)
     assert all(all(row[picks]) for row, picks in zip(allowed, likeliest)) and any(likeliest)
     with patched(matcher, "at_once", lambda pool: 3):  # a few questions at a time
         assert matcher.select_nearest(z, z_pool, allowed, shots) == knn
-        assert matcher.select_likeliest(tower, h, tower.encode(h_pool), allowed, shots) == likeliest
-
-
-def test_random_exemplars_are_uniform():
+        assert matcher.select_likeliest(tower, h, encoded, allowed, shots) == likeliest
     picks = matcher.select_random(np.tile([True, False, True, True], (3000, 1)), 1, 0)
     share = np.bincount([p[0] for p in picks], minlength=4) / 3000
     assert share[1] == 0 and (abs(share[[0, 2, 3]] - 1 / 3) < 4.5 * (2 / 9 / 3000) ** 0.5).all()
@@ -525,14 +517,6 @@ def test_what_the_lora_is_trained_to_say_earns_the_reward_1_and_nothing_else_doe
             assert rl.exact(said, text) == rl.rouge_l(said, text) == 1, (normalizer, lack, text)
             assert data.canonical(said) == data.canonical(text) == data.canonical(data.canonical(text)), text
     assert len(set(map(data.canonical, texts))) == len(texts)
-
-
-def test_rewards_are_named_and_weighted():
-    for text, weights in {"prob": {"prob": 1}, "rouge:0.5, exact:2": {"rouge": 0.5, "exact": 2}}.items():
-        assert rl.parse_reward(text) == weights
-    for bad in ("", "bleu", "rouge:x", "rouge:nan", "rouge:inf", "exact,", "rouge:0.5;exact",
-                "rouge,rouge:0.5", "exact:0", "rouge:-1"):
-        assert "--reward" in refused(rl.parse_reward, bad), bad
 
 
 # ---- rl.py: the language model as an environment that remembers ---------------------------------------
@@ -890,7 +874,7 @@ def turned_down(d, m=None):
 
 
 def test_a_saved_adapter_comes_back_to_the_bit():
-    for config, targets in ((LLAMA, "all"), (LLAMA, "q_proj,v_proj"), (GPT2, "all"), (GPT2, "c_attn")):
+    for config, targets in ((LLAMA, "all"), (GPT2, "c_attn")):
         with folder() as d:
             m, again = adapted(config, targets=targets, rslora=targets == "all"), tiny(config)
             lora.save(m, d, "tiny", {"note": 1})
@@ -902,17 +886,14 @@ def test_a_saved_adapter_comes_back_to_the_bit():
 def test_settings_of_others_change_nothing_or_are_refused_by_name():
     """{setting of adapter_config.json: (values that change nothing, values that are refused)}."""
     settings = {
-        "task_type": ([None], []), "inference_mode": ([False], []), "revision": (["v1"], []),
-        "peft_version": (["9"], []), "base_model_name_or_path": (["a/b"], []), "fan_in_fan_out": ([True], []),
-        "loftq_config": ([{"bits": 4}], []), "lora_dropout": ([0.1], ["x"]), "r": ([], [0, True]),
-        "lora_alpha": ([], ["x", 10**400]), "peft_type": ([], ["IA3"]), "bias": ([], ["all"]),
-        "lora_bias": ([], [True]), "use_dora": ([], [True]), "exclude_modules": ([], [["q_proj"]]),
+        "task_type": ([None], []), "base_model_name_or_path": (["a/b"], []), "fan_in_fan_out": ([True], []),
+        "lora_dropout": ([0.1], ["x"]), "r": ([], [0, True]), "lora_alpha": ([], ["x", 10**400]),
+        "peft_type": ([], ["IA3"]), "bias": ([], ["all"]), "use_dora": ([], [True]),
         "modules_to_save": ([], [["lm_head"]]), "rank_pattern": ([{}], [{"q_proj": 4}]),
-        "alpha_pattern": ([], [{"q_proj": 4}]), "target_parameters": ([], [["w"]]),
-        "trainable_token_indices": ([], [[3]]), "target_modules": (["All-Linear"], [[], {"a": 1}]),
+        "exclude_modules": ([], [["q_proj"]]), "trainable_token_indices": ([], [[3]]),
+        "target_modules": (["All-Linear"], [[], {"a": 1}]),
         "layers_to_transform": ([None], [[0], 0]), "of_a_later_version": ([None, False], [True, "x"]),
-        "init_lora_weights": (["gaussian", "eva", "mica", False],
-                              ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq", "new"])}
+        "init_lora_weights": (["gaussian", "eva", False], ["pissa", "pissa_niter_16", "loftq", "new"])}
     with folder() as d:
         m, config, tensors = saved(d)
         for key, (fine, bad) in settings.items():
@@ -923,9 +904,6 @@ def test_settings_of_others_change_nothing_or_are_refused_by_name():
             for value in bad:
                 write(d, config | {key: value}, tensors)
                 assert key in turned_down(d), (key, value)
-        for bad in ([], None, "x", {}, config | {"target_modules": [5]}, config | {"target_modules": "proj"}):
-            write(d, bad, tensors)
-            turned_down(d)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
@@ -2796,7 +2774,9 @@ MISTAKES = {  # {script: "what the message names: flags | ..."}
         share: --share_nearest 0.8 --share_random 0.3""",
     "train_matcher": """
         other: --model other | smollm2-135m: --model nope | train_lora.py: --lora nowhere
-        nope.jsonl: --pool nope.jsonl | --reward: --reward bleu | context: --max_new_tokens 500
+        nope.jsonl: --pool nope.jsonl | context: --max_new_tokens 500
+        --reward: --reward bleu | --reward: --reward rouge:nan | --reward: --reward rouge:-1
+        --reward: --reward exact, | --reward: --reward exact:0 | --reward: --reward rouge,rouge
         nowhere: --memo nowhere/memo.jsonl | out: --memo out | nowhere: --sft nowhere
         not_a_model: --sft not_a_model | wide: --sft wide | no_weights: --sft no_weights
         tokenizer.json: --sft no_tokenizer | seed: --resume --seed 1 | file: --out file --lora out/lora
