@@ -1167,17 +1167,15 @@ def test_rows_are_read_from_lists_and_lines_whatever_the_suffix_and_as_they_stan
 
 def test_nothing_in_a_row_is_passed_over_unsaid():
     """(rows, what is read of them, what the one line says about the rest): null and empty fields are none."""
-    near = [DATE, DATE | {"output": "9 march"}, DATE | {"input": " 2021-03-09"}, DATE | {"group": "a"}, PLAIN]
+    near = [DATE, DATE | {"output": "9 march"}, DATE | {"output": ""}, DATE | {"group": "a"}, PLAIN]
     both = {"instruction": "Say hello.", "input": "", "context": None, "output": None, "response": "hello"}
     talk = [DATE | {"system": "Be curt.", "history": [[1]] * n, "id": 1, "group": n} for n in range(5)]
     cases = [
         (near, near, ""),
-        ([DATE | {"output": ""}], [DATE | {"output": ""}], ""),
         ([both | {"history": []}, DATE | {"context": "", "response": ""}], [PLAIN, DATE], ""),
         (talk, [DATE | {"group": n} for n in range(5)], "'system' (5 rows), 'history' (4 rows)"),
         ([DATE | {"group": ""}, PLAIN | {"group": []}], [DATE, PLAIN], ""),
-        ([DATE | {"context": "?", "text": "t", "source": "s"}], [DATE], "prompt: 'context' (1 rows)"),
-        ([DATE | {"\x1b[2J": 1}], [DATE], r"\x1b")]
+        ([DATE | {"context": "?", "text": "t", "\x1b[2J": "s"}], [DATE], r"\x1b")]
     with folder() as d:
         for rows, want, words in cases:
             found, said = read(d, json.dumps(rows))
@@ -1188,16 +1186,14 @@ def test_nothing_in_a_row_is_passed_over_unsaid():
 def test_a_file_that_is_something_else_is_named_for_what_it_is():
     whole, lines = json.dumps(DATE), "\n".join(map(json.dumps, rows_of(3)))
     cases = [
-        (b"\x1f\x8b\x08", "compressed"), (b"PK\x03\x04..", "JSON"), (lines.encode("utf-16"), "UTF-8"),
-        (lines.encode() + b'\n{"a": "\xe9"}', "not text in UTF-8"), ("instruction,input\nhi,\n", "CSV"),
+        (b"PK\x03\x04..", "JSON"), (lines.encode("utf-16"), "UTF-8"), ("instruction,input\nhi,\n", "CSV"),
         (f"{whole}\n{{oops\n{whole}", "line 2"), (whole + "\n\n[1]", "3"), ('{"messages": []}', "'messages'"),
         (whole + '\n{"instruction": "x"}', "'output'"), ('{"instruction": " ", "output": "x"}', "empty"),
-        ('{"instruction": "x", "input": ["a"], "output": "y"}', "not text"), ("[]", "no examples"),
-        ("[3]", "row 1"), ('{"instruction": "x", "output": NaN}', "not text"), ("{\n}", "line 1")]
+        ('{"instruction": "x", "input": ["a"], "output": "y"}', "not text"), ("[]", "no examples")]
     with folder() as d:
-        for (content, words), name in itertools.product(cases, ("a.jsonl", "a.json")):
-            message = refused(read, d, content, name)
-            assert words in message and str(d / name) in message, (content, message)
+        for content, words in cases:
+            message = refused(read, d, content)
+            assert words in message and str(d / "a.json") in message, (content, message)
         assert "--pool" in refused(data.load_examples, d / "none", "--pool")
 
 
@@ -1258,31 +1254,28 @@ def test_ids_are_those_of_hugging_faces_tokenizers():
 def test_a_prompt_begins_with_what_the_post_processor_puts_there():
     level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
     inside = {"type": "Sequence", "processors": [level, template(1)]}
-    for post, ids in ((None, []), (level, []), (template(1), [1]), (template(1, 0), [1, 0]), (inside, [1])):
+    for post, ids in ((None, []), (level, []), (template(1, 0), [1, 0]), (inside, [1])):
         spec = tokenizer() | {"post_processor": post}
         enc, reference = data.make_encoding(spec, "x"), theirs(spec)
-        question = data.encode_query(enc, DATE)
-        assert question == reference.encode(data.query_text(DATE)).ids
-        assert question[: len(ids)] == ids == enc.begin_ids
+        assert data.encode_query(enc, DATE)[: len(ids)] == ids == enc.begin_ids
         both = data.join(enc, [data.encode_exemplar(enc, DATE), data.encode_query(enc, PLAIN)])
         assert both == reference.encode(f"{data.query_text(DATE)}9 March\n\n\n{data.query_text(PLAIN)}").ids
 
 
 def test_an_answer_ends_as_both_configs_say():
     """(config.json's eos_token_id, generation_config.json's, the ids that end an answer)."""
-    cases = [(0, None, [0]), (5, None, [5]), (1, [1, 0], [1, 0]), ([1, 0], None, [1, 0]), (0, [9], [0, 9]),
-             (None, 7, [7]), (1, 1, [1]), (V, 1, [1]), (V, None, [0, 1]), (None, [], [0, 1]),
-             (None, None, [0, 1])]
+    cases = [(0, None, [0]), ([1, 0], None, [1, 0]), (0, [9], [0, 9]), (None, 7, [7]), (1, 1, [1]),
+             (V, 1, [1]), (V, None, [0, 1]), (None, [], [0, 1])]
     with folder() as d:
         for eos, more, want in cases:
             write_tiny_folder(d, LLAMA | {"eos_token_id": eos})
             data.write_json(d / "generation_config.json", {} if more is None else {"eos_token_id": more})
             enc = data.load_tokenizer(d)
             assert (enc.end_ids, data.encode_answer(enc, PLAIN)[-1]) == (want, want[0]), (eos, more)
-        files = d / "generation_config.json", d / "config.json"  # of two bad ones the latter is named
-        for file, bad in itertools.product(files, ("</s>", [[0]], True, 2.0, -1)):
-            data.write_json(file, LLAMA | {"eos_token_id": bad})
-            assert f"{file}: eos_token_id" in refused(data.load_tokenizer, d), (file, bad)
+        for file in (d / "generation_config.json", d / "config.json"):  # of two bad ones the latter is named
+            for bad in ("</s>", [[0]], True, -1):
+                data.write_json(file, LLAMA | {"eos_token_id": bad})
+                assert f"{file}: eos_token_id" in refused(data.load_tokenizer, d), (file, bad)
         spec = tokenizer(vocab={t: i for t, i in vocabulary().items() if i > 1}) | {"added_tokens": []}
         data.write_json(write_tiny_folder(d, LLAMA | {"eos_token_id": None}) / "tokenizer.json", spec)
         assert "eos_token_id" in refused(data.load_tokenizer, d)
@@ -1326,15 +1319,13 @@ def test_any_string_can_be_encoded_and_no_id_lies_past_the_vocabulary():
 
 def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new_one_whole():
     nobody, parent = 2**22 + 1, os.getppid()
-    dead, *others = (f".{name}.tmp" for name in (f"a.json.{nobody}", f"a.json.{parent}", "a.json.old",
-                                                 f"b.json.{nobody}"))
+    dead, *others = (f".a.json.{owner}.tmp" for owner in (nobody, parent, "old"))
     with folder() as d:
-        for temp in (dead, *others):  # left by a killed process, with what safetensors has not yet renamed
+        for temp in (dead, *others):  # a killed process left a folder, with what safetensors did not rename
             (d / temp).mkdir()
             (d / temp / ".tmpQhE1ab").write_text("half")
         with patched(Path, "chmod", side_effect=PermissionError()):  # as on a file system without modes
             data.write_json(d / "a.json", {"old": 1})
-        data.write_json(d / "a.json", {"old": 1})
 
         def main(error):
             with data.atomic_write(d / "a.json") as temp:
@@ -1356,9 +1347,6 @@ def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new
             assert refused(flags.parse_args, ["\x1b[2J"], error=SystemExit) == "2"
         assert "\x1b" not in stderr.getvalue()
         assert refused(data.write_json, d / "a.json", math.nan, error=ValueError)
-        data.write_safetensors(d / "weights", {"a": torch.ones(1)})
-        assert (d / "weights").stat().st_mode == (d / "a.json").stat().st_mode  # others may read both
-        (d / "weights").unlink()
         left = {"a.json", *others} | ({dead} if os.name != "posix" else set())
         assert data.read_json(d / "a.json") == {"old": 1} and {*os.listdir(d)} == left
 
@@ -1367,16 +1355,14 @@ def test_a_checkpoint_comes_back_to_the_bit_and_a_damaged_file_is_one_line_that_
     with folder() as d:
         path, state = d / "new" / "c.safetensors", {"log": [{"loss": 0.1}], "é": "😀"}
         assert data.resume_run(path, {}, None, {}) is None
-        assert str(path) in refused(next, data.read_safetensors(path), error=OSError)
         tensors = {"a": torch.randn(3, 5).t(), "b": torch.ones(2).bfloat16()}
         data.write_checkpoint(path, tensors, state)
         (found, read), whole = data.read_checkpoint(path), path.read_bytes()
         assert read == state and all(torch.equal(found[k], tensors[k]) for k in tensors)
-        pickled = io.BytesIO()
-        torch.save(tensors, pickled)
-        bad = [pickled.getvalue(), b"\xff" * 8 + whole[8:], *(whole[:n] for n in range(0, len(whole), 7))]
-        no_json = [b"", b'{"a": 1,\n}', b'["\\ud800"]', b"\xff\xfe1\x00", b"[" * 1_000_000, b"1" * 5000,
-                   b'{"k": "\xe9"}', b"\x00", b'"' + b"a" * 2000]
+        assert path.stat().st_mode & 0o044 == (d / "new").stat().st_mode & 0o044  # not for the owner alone
+        torch.save(tensors, pickled := io.BytesIO())
+        bad = [pickled.getvalue(), b"\xff" * 8 + whole[8:], whole[:-1], b""]
+        no_json = [b"", b'{"a": 1,\n}', b'["\\ud800"]', b"[" * 1_000_000, b"1" * 5000, b'{"k": "\xe9"}']
         for read, damage in ((data.read_checkpoint, bad), (data.read_json, no_json)):
             for raw in damage:
                 path.write_bytes(raw)
@@ -1390,11 +1376,10 @@ def test_digests_and_fingerprints_cover_all_that_counts():
         for name in ("model.safetensors.index.json", "notes.txt"):
             (d / name).write_text("abc")
         first = data.fingerprint(write_tiny_folder(d))
-        for path in list(d.iterdir()):
+        for path in [*d.iterdir()]:
             raw = path.read_bytes()
-            for at in (0, len(raw) // 3, len(raw) - 1):
-                path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
-                assert (data.fingerprint(d) == first) == (path.name == "notes.txt")
+            path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+            assert (data.fingerprint(d) == first) == (path.name == "notes.txt")
             path.write_bytes(raw)
 
 
