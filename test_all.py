@@ -404,13 +404,10 @@ def test_bm25_by_hand():
     "sat" is in one: idf = log(1 + 2.5 / 1.5) = 0.980829;     0.980829 * 1 * 2.5 / (1 + 1.640625) = 0.928596
     """
     bm25 = matcher.BM25(["the CAT sat", "a dog", "cat cat, dog!"])
-    cases = {"Cat?": [0.444974, 0, 0.645499], "dog sat bird": [0.928596, 0.529582, 0.444974]}
-    for question, want in cases.items():
-        scores = np.zeros(3)
-        for ids, weight in (bm25.weights[w] for w in bm25.words(question) if w in bm25.weights):
-            scores[ids] += weight
-        close(scores, want, 1e-6)
-        assert bm25.select([question], all_allowed(1, 3), 1) == [[int(np.argmax(want))]]
+    for word, documents, adds in (("cat", [0, 2], [0.444974, 0.645499]), ("sat", [0], [0.928596]),
+                                  ("dog", [1, 2], [0.529582, 0.444974])):
+        assert bm25.weights[word][0].tolist() == documents and close(bm25.weights[word][1], adds, 1e-6)
+    assert bm25.select(["Cat?", "dog sat bird", "Dog"], all_allowed(3, 3), 1) == [[2], [0], [1]]
     ties = matcher.BM25(["a", "b"] * 150).select(["b"], all_allowed(1, 300), 300)
     assert ties == [[*range(1, 300, 2), *range(0, 300, 2)]]  # by their place in the pool
 
@@ -492,12 +489,11 @@ def test_rouge_l_by_hand_and_exact_forgives_white_space_only():
     """F1 = 2 LCS / (words of one + words of the other), the longest common subsequence in capitals. Vowel
     signs belong to their letters, and a text without words is its symbols."""
     cases = [("THE CAT sat ON THE MAT", "THE CAT is ON THE MAT", 2 * 5 / 12),
-             ("POLICE killed THE GUNMAN", "POLICE kill THE GUNMAN", 2 * 3 / 8),
              ("the gunman kill POLICE", "POLICE killed the gunman", 2 * 2 / 8),  # not "police"
-             ("C b a", "a b C", 2 * 1 / 6), ("A B A B", "A B", 2 * 2 / 6), ("a b", "c d", 0.0),
-             ("Hello, World!", "hello world", 1.0), ("$12.50", "12 50", 1.0), ("x_1", "x 1", 1.0),
-             ("日本 語", "日本", 2 * 1 / 3), ("", "a", 0.0), ("a", "...", 0.0), ("", "+", 0.0),
-             ("?! !", "?!", 2 * 2 / 5), ("9 march", "9 March", 1.0), ("9March", "9 March", 0.0)]
+             ("A B A B", "A B", 2 * 2 / 6), ("a b", "c d", 0.0), ("Hello, World!", "hello world", 1.0),
+             ("$12.50", "12 50", 1.0), ("x_1", "x 1", 1.0), ("日本 語", "日本", 2 * 1 / 3), ("", "a", 0.0),
+             ("a", "...", 0.0), ("?! !", "?!", 2 * 2 / 5), ("9 march", "9 March", 1.0),
+             ("9March", "9 March", 0.0)]
     different = "की का", "हिन्दी हिन्दु", "கி கு", "ก่า ก้า", "👎 👍", "- +", "Ж З"
     for answer, reference, want in cases + [(*pair.split(), 0.0) for pair in different]:
         assert abs(rl.rouge_l(answer, reference) - want) < 1e-12, (answer, reference)
@@ -802,9 +798,6 @@ def test_only_the_adapter_trains_and_dropout_acts_in_training_only():
     m = adapted(dropout=0.5)
     trainable = {f"{name}.lora_{half}" for name in lora.layers(m) for half in "AB"}
     assert trainable == {name for name, p in m.named_parameters() if p.requires_grad}
-    before = {name: p.clone() for name, p in m.named_parameters()}
-    step(m)
-    assert {name for name, p in m.named_parameters() if not torch.equal(p, before[name])} == trainable
     assert torch.equal(logits(m), logits(m)) and not torch.equal(logits(m.train()), logits(m))
 
 
@@ -1268,10 +1261,9 @@ def test_an_answer_ends_as_both_configs_say():
             data.write_json(d / "generation_config.json", {} if more is None else {"eos_token_id": more})
             enc = data.load_tokenizer(d)
             assert (enc.end_ids, data.encode_answer(enc, PLAIN)[-1]) == (want, want[0]), (eos, more)
-        for file in (d / "generation_config.json", d / "config.json"):  # of two bad ones the latter is named
-            for bad in ("</s>", [[0]], True, -1):
-                data.write_json(file, LLAMA | {"eos_token_id": bad})
-                assert f"{file}: eos_token_id" in refused(data.load_tokenizer, d), (file, bad)
+        for bad in ("</s>", [[0]], True, -1):
+            data.write_json(d / "generation_config.json", {"eos_token_id": bad})
+            assert f"{d / 'generation_config.json'}: eos_token_id" in refused(data.load_tokenizer, d), bad
         spec = tokenizer(vocab={t: i for t, i in vocabulary().items() if i > 1}) | {"added_tokens": []}
         data.write_json(write_tiny_folder(d, LLAMA | {"eos_token_id": None}) / "tokenizer.json", spec)
         assert "eos_token_id" in refused(data.load_tokenizer, d)
@@ -1305,9 +1297,8 @@ def test_any_string_can_be_encoded_and_no_id_lies_past_the_vocabulary():
     assert max(enc.encode_ordinary(text)) > max(enc.known) == V - 4 >= max(data.encode(enc, text))
     assert data.decode(enc, [*data.encode(enc, text), 10**6]).startswith(b"ab ")
     assert data.encode(enc, "a\ud800b") == data.encode(enc, "a\ufffdb") and data.encode(enc, "") == []
-    for run in (" " * data.LONGEST, "é" * data.LONGEST):  # not long enough for a panic inside tiktoken
-        assert enc.decode(data.encode(enc, run)) == run
-        assert "too long" in refused(data.encode, enc, run + "x")
+    run = "é" * data.LONGEST  # not long enough for a panic inside tiktoken
+    assert enc.decode(data.encode(enc, run)) == run and "too long" in refused(data.encode, enc, run + "x")
 
 
 # ---- data.py: mistakes and files that are whole ------------------------------------------------------------
@@ -2029,20 +2020,16 @@ def test_wrong_weights_are_refused_by_name():
 def test_settings_this_decoder_does_not_do_are_refused_by_name():
     """{a model: changes, with the word in the message where that is not the change's own key}."""
     plain, yarn = {"rope_type": "default", "rope_theta": 10000.0}, {"rope_type": "yarn", "factor": 2.0}
-    sizes = "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"
     llama = [{"model_type": "gemma"}, {"hidden_act": "gelu"}, {"sliding_window": 16}, {"some_new_key": "on"},
              {"quantization_config": {"bits": 4}}, {"partial_rotary_factor": 0.5}, {"rope_scaling": "x"},
-             {"rms_norm_eps": "small"}, {"rope_theta": {}},
-             {"original_max_position_embeddings": 64}, {"layer_types": ["sliding_attention"]},
+             {"rms_norm_eps": "small"}, {"layer_types": ["sliding_attention"]},
              ({"rope_parameters": yarn}, "rope_type"), ({"rope_scaling": yarn}, "rope_type"),
-             ({"rope_scaling": LLAMA3 | {"type": "default"}}, "rope_type"),
              ({"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "attention_factor"),
              ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
              ({"rope_parameters": plain | {"rope_theta": 5e5}}, "rope_theta"),
              ({"rope_parameters": plain, "rope_scaling": LLAMA3}, "rope_type"),
              ({"num_key_value_heads": 3}, "heads"), ({"num_hidden_layers": 10**6}, "layers"),
-             ({"hidden_size": 36}, "heads of 9"),
-             *({k: v} for k in sizes for v in (0, -1, "32", None, 3.5, [], 10**12))]
+             ({"hidden_size": 36}, "heads of 9"), *({"hidden_size": v} for v in (0, "32", None, 3.5, 10**12))]
     gpt2 = [{"n_embd": None}, {"activation_function": "relu"}, {"scale_attn_weights": False},
             {"add_cross_attention": True}, {"tie_word_embeddings": "yes"}, ({"n_head": 5}, "heads")]
     qwen2 = [{"mlp_bias": True}, ({"use_sliding_window": True, "sliding_window": 16}, "sliding_window")]
@@ -2162,15 +2149,11 @@ def seconds(f):
 
 @functools.cache
 def trained():
-    """A folder in which both trainers have run to their end; what they printed lies in said.txt."""
-    holder = tempfile.TemporaryDirectory()
-    d = workshop(Path(holder.name))
+    """A folder in which both trainers have run to their end."""
+    trained.holder = tempfile.TemporaryDirectory()  # removed when Python ends
+    d = workshop(Path(trained.holder.name))
     for name in ("train_lora", "train_matcher"):
-        status, out, err = process(*command(name), cwd=d)
-        assert status == 0, err
-        with open(d / "said.txt", "a", encoding="utf-8") as file:
-            file.write(out)
-    trained.holder = holder  # removed when Python ends
+        works(name, cwd=d)
     return d
 
 
@@ -2217,15 +2200,20 @@ def results(d):
 
 
 def test_the_three_commands_lead_from_nothing_to_an_answer():
-    d = trained()
-    said = (d / "said.txt").read_text(encoding="utf-8")
-    for words in ("held-out", "python train_matcher.py", "calls to train", "gap closed", *SELECTORS):
-        assert words in said
-    files = [*LORA[1:], "lora/adapter_model.safetensors", "lora/adapter_config.json", *MATCHER[1:],
-             "matcher/matcher.safetensors", "matcher/config.json", "matcher/pool.json"]
-    assert set(made(d)) == set(files)
-    status, out, err = process(*command("sample", "--prompt", "Say hello.", "--input", "hello"), cwd=d)
-    assert status == 0 and "[pillow]" in out and "> " in out, err
+    """Started as programs, they leave the same bytes as their main(), which most tests call."""
+    with folder() as d:
+        said, answer = "", ["--prompt", "Say hello.", "--input", "hello"]
+        for name, *flags in (["train_lora"], ["train_matcher"], ["sample", *answer]):
+            status, out, err = process(*command(name, *flags), cwd=workshop(d))
+            assert status == 0, err
+            said += out
+        same_bytes(d, trained())
+        assert set(made(d)) == {
+            *LORA[1:], "lora/adapter_model.safetensors", "lora/adapter_config.json", *MATCHER[1:],
+            "matcher/matcher.safetensors", "matcher/config.json", "matcher/pool.json"}
+    for words in ("held-out", "python train_matcher.py", "calls to train", "gap closed", "[pillow]", "\n> ",
+                  *(f"\n{selector} " for selector in SELECTORS)):
+        assert words in said, words
 
 
 def test_results_json_and_the_logs_say_what_the_readme_promises():
@@ -2487,15 +2475,13 @@ def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
         first, again = made(trained()), made(d)
         settings, new = first["results.json"].pop("settings"), again["results.json"].pop("settings")
         assert again == first and all(new[k] == settings[k] for k in settings)
-        cut = first["results.json"]["cut_answers"]
         untrained = "--steps 0 --shots 1 --candidates 4"
         for flags, right in (
                 ("--eval_only --n_answers 5", lambda r: (r["n_test"], r["n_answers"]) == (12, 5)),
                 ("--eval_only --n_test 7", lambda r: (r["n_test"], r["n_answers"]) == (7, 7)),
                 ("--eval_only --cache_gb 1e-6", lambda r: r["metrics"] == results(trained())["metrics"]),
                 ("--eval_only --shots 1", lambda r: (r["shots"], r["settings"]["steps"]) == (1, 4)),
-                ("--eval_only --reward rouge",  # the matcher's answers are the same
-                 lambda r: r["cut_answers"] == cut and "logprob" not in r["metrics"]["knn"]),
+                ("--eval_only --reward rouge", lambda r: "logprob" not in r["metrics"]["knn"]),
                 ("--eval_only --reward exact:.1,logprob:2", lambda r: r["headline"] == "exact"),
                 ("--eval_only --reward prob", lambda r: r["headline"] == "exact"),
                 (untrained, lambda r: r["metrics"]["pillow"] == r["metrics"]["threshold"]),
@@ -2755,24 +2741,22 @@ def test_what_the_model_has_no_room_for_is_counted_or_found_before_training():
 def test_damaged_results_are_refused_in_one_line():
     """Whatever lies in out/ may have been cut short or be another file."""
     with copy_of_trained() as d:
-        for name, flag, file in (
-                ("train_matcher", "", "lora/adapter_model.safetensors"),
-                ("train_matcher", "", "lora/adapter_config.json"),
+        for name, flag, *files in (
+                ("train_matcher", "", "lora/adapter_model.safetensors", "lora/adapter_config.json"),
                 ("train_lora", "--resume", "last_lora.safetensors"),
                 ("train_matcher", "--resume", "last_matcher.safetensors"),
                 ("train_matcher", "--eval_only", "matcher/config.json"),
-                ("sample", "--prompt=a", "matcher/matcher.safetensors"),
-                ("sample", "--prompt=a", "matcher/config.json"),
-                ("sample", "--prompt=a", "matcher/pool.json")):
-            path = d / "out" / file
-            whole = path.read_bytes()
-            for damaged in (whole[: len(whole) // 2], b"[]", b"{}"):
-                path.write_bytes(damaged)
-                line = complaint(name, *flag.split(), cwd=d)
-                assert path.name in line or "out/" in line or "adapter" in line, line
-            path.write_bytes(whole)
-        config, settings = d / "out/matcher/config.json", data.read_json(d / "out/matcher/config.json")
-        data.write_json(config, settings | {"reward": {"mine": 1.0}})  # one of one's own may be gone
+                ("sample", "--prompt=a", "matcher/matcher.safetensors", "matcher/config.json",
+                 "matcher/pool.json")):
+            for path in (d / "out" / file for file in files):
+                whole = path.read_bytes()
+                for damaged in (whole[: len(whole) // 2], b"[]", b"{}"):
+                    path.write_bytes(damaged)
+                    line = complaint(name, *flag.split(), cwd=d)
+                    assert path.name in line or "out/" in line or "adapter" in line, line
+                path.write_bytes(whole)
+        config = d / "out/matcher/config.json"
+        data.write_json(config, data.read_json(config) | {"reward": {"mine": 1.0}})  # of one's own: gone
         assert "--reward" in complaint("train_matcher", "--eval_only", cwd=d)
 
 
