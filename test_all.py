@@ -697,12 +697,17 @@ def test_rehearsal_learns_labels_without_asking_the_language_model():
     assert copied.tolist() == [0, 0, 1, 1]  # "a", as exemplars 0, 4, 8 ...
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_matcher_as_it_was():
+def test_a_number_that_is_not_finite_ends_training_and_is_never_saved():
+    """A reward that is not finite changes no weight; a held-out loss that is not makes no checkpoint."""
     tower, h_pool, h = random_matcher()
     before, optimizer = [p.clone() for p in tower.parameters()], torch.optim.SGD(tower.parameters(), 0.1)
     run = functools.partial(reinforce, optimizer=optimizer)
     assert "non-finite" in refused(run, tower, h_pool, h, lambda b, p: math.nan, error=RuntimeError)
     assert all(map(torch.equal, tower.parameters(), before))
+    with copy_of_trained(*LORA) as d, patched(train_lora, "held_out_loss", side_effect=[1.0, math.nan]):
+        status, _, err = script("train_lora", cwd=d)
+        assert status == 2 and "step 4: held-out loss nan" in err
+        assert data.read_checkpoint(d / "out/last_lora.safetensors")[1]["log"][-1]["step"] == 2
 
 
 def test_collapse_figures_by_hand():
@@ -758,13 +763,6 @@ def logits(m):
     return getattr(out, "logits", out)
 
 
-def step(m, **kwargs):
-    """One step of training on all that trains."""
-    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 0.1, **kwargs)
-    m(torch.tensor(ragged(20, 20))).square().mean().backward()
-    optimizer.step()
-
-
 def test_lora_starts_at_the_base_model_and_adds_alpha_over_r_times_b_a():
     for config in BOTH:
         m, base = tiny(config), logits(tiny(config))
@@ -781,7 +779,8 @@ def test_merging_changes_no_answer_and_leaves_plain_layers():
     """What was learnt in a step of training, too. The embedding, the output head as well, is left alone."""
     for config, dtype in itertools.product(BOTH, (torch.float32, torch.bfloat16)):
         m, plain = adapted(config, dtype), tiny(config, dtype)
-        step(m, fused=True)
+        m(torch.tensor(ragged(20, 20))).square().mean().backward()
+        torch.optim.AdamW(lora.parameters(m), 0.1, fused=True).step()
         apart = logits(m)
         lora.merge(m)
         assert (logits(m) - logits(plain)).abs().max() > 0.1
@@ -1016,13 +1015,6 @@ def test_how_many_stand_behind_an_exemplar_follows_from_the_data_unless_it_is_ty
             args = types.SimpleNamespace(share_nearest=typed[0], share_random=typed[1], shots=1)
             parts = {"lora_train": rows[2:], "lora_val": rows[:2]}
             close(train_lora.load_texts(args, 512, encoding(), parts).shares, wanted, 1e-9)
-
-
-def test_a_held_out_loss_that_is_not_a_number_stops_the_run_before_it_is_saved():
-    with copy_of_trained(*LORA) as d, patched(train_lora, "held_out_loss", side_effect=[1.0, math.nan]):
-        status, _, err = script("train_lora", cwd=d)
-        assert status == 2 and "step 4: held-out loss nan" in err
-        assert len(data.read_checkpoint(d / "out/last_lora.safetensors")[1]["log"]) == 2
 
 
 def test_a_run_that_says_it_is_saved_is_saved_whenever_ctrl_c_comes():
