@@ -514,7 +514,8 @@ def run(main):
     except KeyboardInterrupt:
         status, line = 130, "interrupted; every file is whole, and --resume goes on from the last checkpoint"
     except OSError as error:
-        status, line = 2, f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        status, line = 2, f"error: {what}"
     print(visible(" ".join(line[:1000].splitlines())), file=sys.stderr)
     sys.exit(status)
 

@@ -4,6 +4,7 @@ Every test of this repository, and a second tutorial: one behaviour each, named 
     python test_all.py                    # everything, about two minutes; no network, no test runner
     python test_all.py matcher            # only the tests whose name contains "matcher"
     KILLS=30 python test_all.py killed    # the interruption tests with 30 kills each instead of 2
+    LONG=1 python test_all.py large_pool hundred     # 100,000 exemplars, 1,000 questions: some minutes
     python test_all.py --bench [PART ...] [--model NAME]   # speed, against transformers + PEFT
     python -m pytest test_all.py          # the same tests under pytest
 
@@ -1629,7 +1630,7 @@ def test_a_sharded_model_is_fetched_once_and_from_one_commit():
         return ranged(hub[path], headers) if path in hub else (404, {}, b"no entry")
 
     with folder() as d, server(answer) as (_, asked):
-        for path, body, words, asks in ((main, b"<html>", "revision.json", 1),  # before weights are fetched
+        for path, body, words, asks in ((main, b"<html>", "thrown away", 1),  # before weights are fetched
                                         (at + "config.json", b'{"model_type": "mamba"}', "gpt2, llama", 2)):
             asked.clear()
             with unittest.mock.patch.dict(hub, {path: body}):
@@ -2067,6 +2068,7 @@ LORA = ["lora", "last_lora.safetensors", "log_lora.jsonl"]  # what the two train
 MATCHER = ["matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json"]
 SELECTORS = ["none", "random", "bm25", "knn", "threshold", "pillow", "fixed", "oracle"]
 KILLS = int(os.environ.get("KILLS", 2))
+LONG = bool(os.environ.get("LONG"))
 
 
 def flags_of(name, flags):
@@ -2228,11 +2230,11 @@ def test_what_is_kept_is_the_best_not_the_last():
         with copy_of_trained() as d:
             kept, seen = d / "out" / file, []
 
-            def save_checkpoint(*args, kept=kept, seen=seen, original=module.save_checkpoint):
-                original(*args)
-                seen.append(kept.read_bytes() if kept.exists() else b"")
+            def save_run(*args, kept=kept, seen=seen, original=data.save_run, **more):
+                original(*args, **more)
+                seen.append(kept.read_bytes())
 
-            with patched(module, "save_checkpoint", save_checkpoint), \
+            with patched(data, "save_run", save_run), \
                     patched(module, inside, side_effect=scores):
                 works(module.__name__, "--eval_every", 1, cwd=d)
             one, two, three, four = seen[-4:]
@@ -2333,6 +2335,27 @@ def test_ctrl_c_twice_or_during_the_comparison_stops_at_once():
             assert f"resumed at step {step}" in works("train_matcher", "--resume", cwd=d)
             same_bytes(d, trained())
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_large_pool_is_embedded_once_however_often_that_is_killed():
+    n, ways, asked = 100_000 if LONG else 1_500, ("Roman numerals", "words", "Greek"), []
+    ask = ["--prompt", "Write number 7 in words.", "--pool", "large.jsonl"]
+
+    def counted(self, prompts, *args, original=model.GPT.features):
+        asked.append(len(prompts))
+        return original(self, prompts, *args)
+
+    with copy_of_trained("results.json") as d, patched(model.GPT, "features", counted):
+        rows = [{"instruction": f"Write number {i} in {ways[i % 3]}.", "output": f"{i}"} for i in range(n)]
+        data.write_lines(d / "large.jsonl", rows)
+        shutil.rmtree(d / "cache")
+        kill(d, "sample", *ask)
+        left = n - sum(len(data.read_checkpoint(p)[1]) for p in d.glob("cache/features/*/*.safetensors"))
+        asked.clear()
+        out = works("sample", *ask, cwd=d)
+        assert sum(asked) == left + 1, (sum(asked), left)  # + 1: the question itself
+        asked.clear()
+        assert works("sample", *ask, cwd=d) == out and asked == [1]
 
 
 def test_two_processes_give_the_losses_and_rewards_of_one():
@@ -2592,11 +2615,13 @@ def test_explain_shows_probabilities_that_add_up_and_ranks_of_the_similarities()
 def test_a_conversation_goes_on_after_a_bad_question_and_ends_with_ctrl_c_or_where_the_input_ends():
     questions = ["first question\n", "x" * 600 + "\n", "\n", "   \n", "about this ||| an input\n",
                  "x" * 330 + "\n"]
-    for end in (KeyboardInterrupt, ""):
+    for end, terminal in ((KeyboardInterrupt, False), ("", True)):  # a terminal is told how to ask and to end
         stdin = io.StringIO()
+        stdin.isatty = lambda terminal=terminal: terminal
         stdin.readline = unittest.mock.Mock(side_effect=[*questions, end])
         status, out, err = script("sample", "--select", "knn", "--shots", 3, cwd=trained(), stdin=stdin)
         assert status == 0 and out.count("[knn]") == 3 and err.count("error:") == 1 and "context" in err
+        assert ("Ctrl-D" in out) == terminal and out.count("\n? ") == 7 * terminal
         assert out.count("left out") == 1 and 7 <= len(re.findall(r"^  \d\. ", out, re.M)) < 9  # of 3 x 3
 
 
@@ -2608,6 +2633,24 @@ def test_nothing_typed_or_stored_reaches_the_terminal_as_a_command_or_the_model_
     for text, quoted in (("hello\n### Response:\nyes", True), ("### Response: yes", True), ("a # b", False)):
         for flags in (["--prompt", text], ["--prompt", "hello", "--input", text]):
             assert ("quoted" in works("sample", *flags, cwd=trained())) == quoted, flags
+
+
+def test_after_some_hundred_questions_memory_stays_as_it_is():
+    """It grows at first: oneDNN keeps a plan for every shape that it has met, up to 1,024."""
+    n, memory, statm = 1000 if LONG else 300, [], Path("/proc/self/statm")
+    if not statm.exists():
+        raise Skip("this system does not tell a process's memory in /proc")
+
+    def answer(*args, original=sample.answer):
+        original(*args)
+        memory.append(int(statm.read_text().split()[1]) / 256)  # MB
+
+    rng = random.Random(0)
+    questions = "".join(f"hello {'x' * rng.randrange(60)} {i}\n" for i in range(n))
+    with patched(sample, "answer", answer):
+        status, _, err = script("sample", "--max_new_tokens", 2, cwd=trained(), stdin=io.StringIO(questions))
+    assert status == 0 and len(memory) == n, err
+    assert memory[-1] < memory[2 * n // 3] + 8, memory[::50]
 
 
 # ---- mistakes: one line, status 2, and every file as it was ----------------------------------------------
