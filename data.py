@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 # ---- an example and the template -----------------------------------------------------------------
 
-BETWEEN = "\n\n\n"  # two blank lines between an exemplar and what follows
+BETWEEN = "\n\n\n"  # two blank lines stand behind an exemplar, and end an answer
 TEMPLATE_VERSION = 2  # part of every fingerprint: change the template, and old features no longer fit
 HEADING = re.compile(r"^([^\S\n]*)(#+[ \t]*(?:instruction|input|response)[ \t]*:)", re.I | re.M)
 
