@@ -613,7 +613,7 @@ def read_json(path, kind=object):
 def read_safetensors(path, skip=()):
     """Yield (name, tensor) of a safetensors file, less names that end as in `skip`; UserError."""
     floats = torch.float64, torch.float32, torch.float16, torch.bfloat16  # not float8: scales go with it
-    with fitting(path), safe_open(path, "pt") as file:
+    with fitting(path), open(path, "rb"), safe_open(path, "pt") as file:  # open: its errors name the file
         for name in file.keys():
             if name.endswith(skip):
                 continue

@@ -1345,6 +1345,7 @@ def test_a_checkpoint_comes_back_to_the_bit_and_a_damaged_file_is_one_line_that_
             for raw in damage:
                 path.write_bytes(raw)
                 assert refused(read, path).startswith(str(path)), raw[:20]
+            assert d.name in refused(read, d, error=OSError)
 
 
 def test_digests_and_fingerprints_cover_all_that_counts():
