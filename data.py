@@ -381,8 +381,8 @@ ENDS = "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>"  #
 
 def load_tokenizer(name_or_dir):
     """A model's tokenizer.json as a tiktoken.Encoding, for encode() and decode(); UserError. Each of
-    enc.end_ids ends an answer, and so does BETWEEN where it is a token; the LoRA learns to say the first,
-    enc.end_id."""
+    enc.end_ids ends an answer, and so does BETWEEN where it is a token that stands within no text; the LoRA
+    learns to say the first, enc.end_id."""
     folder = resolve_model(name_or_dir)
     with fitting(folder / "tokenizer.json"):
         enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), end_ids(folder))
@@ -487,8 +487,9 @@ def make_encoding(spec, name, ends=()):
     enc.words = {t["content"]: t["id"] for t in words}
     longest = sorted(map(re.escape, enc.words), key=len, reverse=True)  # of two that begin alike
     enc.added = re.compile(f"({'|'.join(longest) or '(?!)'})")  # (?!) is nowhere
-    if len(between := encode(enc, BETWEEN)) == 1:
-        enc.end_ids += between  # behind an exemplar a model may go on, and ask itself another question
+    between = encode(enc, BETWEEN)  # behind an exemplar a model may go on, and ask itself another question
+    if len(between) == 1 and between[0] not in encode(enc, f"a{BETWEEN}b"):  # Qwen writes it within code, too
+        enc.end_ids += between
     sample = "It's 12 déjà vu, 日本語\t😀  \n\n x_1\0!"
     if enc.decode(enc.encode_ordinary(sample)) != sample:
         raise ValueError("its split pattern loses text")

@@ -1250,8 +1250,10 @@ def test_an_answer_ends_as_both_configs_say():
             enc = data.load_tokenizer(d)
             assert (enc.end_ids, data.encode_answer(enc, PLAIN)[-1]) == (want, want[0]), (eos, more)
         vocab, merges = vocabulary() | {"ĊĊ": V, "ĊĊĊ": V + 1}, [*MERGES, "Ċ Ċ", "ĊĊ Ċ"]
-        enc = data.make_encoding(tokenizer(vocab=vocab, merges=merges), "two blank lines are a token", [0])
-        assert enc.end_ids == [0, V + 1]  # behind them the model would ask itself another question
+        for pre, want in ((BYTE_LEVEL, [0, V + 1]), (split_by(LLAMA3_SPLIT), [0])):
+            # behind two blank lines a model may ask itself another question; Llama 3 writes code with them
+            enc = data.make_encoding(tokenizer(pre=pre, vocab=vocab, merges=merges), "tiny", [0])
+            assert enc.end_ids == want
         for bad in ("</s>", [[0]], True, -1):
             data.write_json(d / "generation_config.json", {"eos_token_id": bad})
             assert f"{d / 'generation_config.json'}: eos_token_id" in refused(data.load_tokenizer, d), bad
