@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 # ---- an example and the template -----------------------------------------------------------------
 
-BETWEEN = "\n\n\n"  # two blank lines stand behind an exemplar, and end an answer
+BETWEEN = "\n\n\n"  # two blank lines between an exemplar and what follows
 TEMPLATE_VERSION = 2  # part of every fingerprint: change the template, and old features no longer fit
 HEADING = re.compile(r"^([^\S\n]*)(#+[ \t]*(?:instruction|input|response)[ \t]*:)", re.I | re.M)
 
@@ -537,7 +537,7 @@ def fitting(where):
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError,
             ValueError) as error:
         what = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-        raise UserError(f"{where}: damaged, or made by another program or version ({what})") from None
+        raise UserError(f"{where}: damaged, or not what is expected here ({what})") from None
 
 
 @contextlib.contextmanager

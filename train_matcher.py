@@ -333,7 +333,7 @@ def read_flags():
     p.add_argument("--memo", help="JSONL file of outcomes shared between runs with the same adapter")
     p.add_argument("--sft", help="a fully fine-tuned model, out/full, to compare with")
     p.add_argument("--eval_only", action="store_true", help="no training: compare with OUT/matcher; "
-                   "what is not typed is as it was trained")
+                   "what is not typed, but --lora, is as it was trained")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = p.parse_args()
     if args.eval_only:
