@@ -4,7 +4,7 @@ Every test of this repository, and a second tutorial: one behaviour each, named 
     python test_all.py                    # everything, about two minutes; no network, no test runner
     python test_all.py matcher            # only the tests whose name contains "matcher"
     KILLS=30 python test_all.py killed    # the interruption tests with 30 kills each instead of 2
-    LONG=1 python test_all.py large_pool hundred     # 100,000 exemplars, 1,000 questions: some minutes
+    LONG=1 python test_all.py large_pool hundred     # 100,000 exemplars, 3,000 questions: some minutes
     python test_all.py --bench [PART ...] [--model NAME]   # speed, against transformers + PEFT
     python -m pytest test_all.py          # the same tests under pytest
 
@@ -2643,7 +2643,7 @@ def test_nothing_typed_or_stored_reaches_the_terminal_as_a_command_or_the_model_
 
 def test_after_some_hundred_questions_memory_stays_as_it_is():
     """It grows at first: oneDNN keeps a plan for every shape that it has met, up to 1,024."""
-    n, memory, statm = 1000 if LONG else 300, [], Path("/proc/self/statm")
+    n, memory, statm = 3000 if LONG else 300, [], Path("/proc/self/statm")
     if not statm.exists():
         raise Skip("this system does not tell a process's memory in /proc")
 
