@@ -125,6 +125,12 @@ class Run:
     masters: list  # float32 copies of bfloat16 weights, which would round small updates away
     optimizer: torch.optim.Optimizer
 
+    def round(self):
+        """The masters' values, rounded, into the weights that they are copies of."""
+        for p, master in zip(self.trainable, self.masters):
+            if p is not master:
+                p.data.copy_(master)
+
 
 def train(run, texts, log, args, ddp, keep):
     """From the log's last step on, with the held-out loss and a checkpoint every `eval_every` -> the best."""
@@ -152,9 +158,7 @@ def train(run, texts, log, args, ddp, keep):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
         run.optimizer.step()
-        for p, master in zip(run.trainable, run.masters):
-            if p is not master:
-                p.data.copy_(master)
+        run.round()
 
         seconds = time.perf_counter() - start
         tokens += int(batch[3].sum()) * ddp.world
@@ -307,8 +311,7 @@ def main():
     log, masters = [], {str(i): master for i, master in enumerate(run.masters)}
     if args.resume and (state := data.resume_run(path, masters, run.optimizer, settings)):
         log = state["log"]
-        for p, master in zip(run.trainable, run.masters):
-            p.data.copy_(master)
+        run.round()
 
     def keep(better=False):
         if ddp.rank > 0:

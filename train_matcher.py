@@ -483,8 +483,8 @@ def train_and_save(task, args, settings):
     else:
         log = begin(task, matcher, args)
         if env.ddp.rank == 0:
+            path.unlink(missing_ok=True)  # --resume must not go on from one that an earlier run left
             data.write_json(folder / "pool.json", task.pool)
-        keep()  # --resume must not go on from one that an earlier run left
     if log[-1]["step"] == 0:
         keep(better=True)
     train(task, matcher, optimizer, log, args, keep)
