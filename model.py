@@ -2,7 +2,7 @@
 One decoder for Llama-style and GPT-2-style checkpoints, small enough to read in one sitting.
 
     part         Llama, SmolLM2, Qwen2, Qwen3, Mistral    GPT-2
-    norm         RMSNorm                                  LayerNorm
+    norm         RMSNorm: x / sqrt(mean(x^2) + eps) w     LayerNorm
     positions    rotary, inside attention                 a learned vector added to the embedding
     attention    grouped heads (GQA)                      one key/value head for each query head
     MLP          down(silu(gate(x)) * up(x))              c_proj(gelu(c_fc(x)))
@@ -59,19 +59,6 @@ class Config:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019): LayerNorm without the centring."""
-
-    def __init__(self, C, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
-
-    def forward(self, x):
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not self.weight.requires_grad:
-            return FrozenRMSNorm.apply(x, self.weight, self.eps)  # the same, but faster
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def rope_table(cfg, positions, dtype):
@@ -161,7 +148,7 @@ class Attention(nn.Module):
             self.q_proj = Linear(C, q, bias=cfg.qkv_bias)
             self.k_proj, self.v_proj = Linear(C, kv, bias=cfg.qkv_bias), Linear(C, kv, bias=cfg.qkv_bias)
             self.o_proj = Linear(q, C, bias=cfg.o_bias)
-        self.q_norm, self.k_norm = (RMSNorm(self.D, cfg.norm_eps) if cfg.qk_norm else None for _ in "qk")
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.D, cfg.norm_eps) if cfg.qk_norm else None for _ in "qk")
 
     def forward(self, x, batch, layer):
         """x (N, C) -> (N, C)."""
@@ -200,7 +187,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        norm = nn.LayerNorm if cfg.family == "gpt2" else RMSNorm
+        norm = nn.LayerNorm if cfg.family == "gpt2" else nn.RMSNorm
         self.norm1, self.attn = norm(cfg.n_embd, eps=cfg.norm_eps), Attention(cfg)
         self.norm2, self.mlp = norm(cfg.n_embd, eps=cfg.norm_eps), MLP(cfg)
 
@@ -220,7 +207,7 @@ class GPT(nn.Module):
             self.embed = table(torch.empty(cfg.vocab_size, cfg.n_embd))
             self.pos_embed = table(torch.empty(cfg.n_ctx, cfg.n_embd)) if cfg.family == "gpt2" else None
             self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-            self.norm = (nn.LayerNorm if cfg.family == "gpt2" else RMSNorm)(cfg.n_embd, eps=cfg.norm_eps)
+            self.norm = (nn.LayerNorm if cfg.family == "gpt2" else nn.RMSNorm)(cfg.n_embd, eps=cfg.norm_eps)
             self.lm_head = Linear(cfg.n_embd, cfg.vocab_size, bias=False)  # `load` ties it where cfg.tied
 
     @property
@@ -648,72 +635,24 @@ def can_pack(dtype):
 
 
 class Linear(nn.Linear):
-    """nn.Linear; where its weight does not train, on a CPU, multiplied from packed copies of it.
+    """nn.Linear; where nothing trains, on a CPU, multiplied from a packed copy of its weight.
 
     oneDNN multiplies blocked matrices. Given a plain one it re-orders it in every call, which with few rows
-    takes as long as the product: without copies rollouts take 1.14 times as long, features 1.10, a LoRA step
-    1.04. Each copy (training needs another one, for the way back) costs the weight's memory; `packing` turns
-    them off, and they are made anew when the weight changes.
+    takes as long as the product: without copies rollouts take 1.14 times as long, features 1.10. A copy costs
+    the weight's memory; `packing` turns them off, and one is made anew when the weight changes.
     """
 
     packing, packed = True, None
 
     def forward(self, x):
-        trains = torch.is_grad_enabled() and self.weight.requires_grad
-        if trains or not (self.packing and x.device.type == "cpu" and can_pack(x.dtype)):
+        if torch.is_grad_enabled() or not (self.packing and x.device.type == "cpu" and can_pack(x.dtype)):
             self.packed = None
             return super().forward(x)
-        return FrozenProduct.apply(x, self)
-
-    def product(self, x, transposed=False):
-        """x W^T + b, or x W if `transposed`."""
         now = self.weight.data_ptr(), self.weight._version  # changed by a merge, and by an optimiser
         if self.packed is None or self.packed[0] != now:
-            # the weight is kept beside its copies, so that no other tensor can get its address meanwhile
-            self.packed = now, self.weight.data, {}
-        _, weight, copies = self.packed
-        if transposed not in copies:
-            plain = weight.t().contiguous() if transposed else weight
-            copies[transposed] = torch.ops.mkldnn._reorder_linear_weight(plain)
-        bias = None if transposed else self.bias
-        return torch.ops.mkldnn._linear_pointwise(x, copies[transposed], bias, "none", [], "")
-
-
-class FrozenProduct(torch.autograd.Function):
-    """y = x W^T + b and dx = dy W, each from its packed copy."""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return ctx.layer.product(dy, transposed=True), None
-
-
-class FrozenRMSNorm(torch.autograd.Function):
-    """RMSNorm whose weight does not train, with its way back written out:
-
-        y = w x r,  r = 1 / sqrt(mean(x^2) + eps)          dx = r (g - x r^2 mean(g x)),  g = w dy
-
-    Half as many passes over a CPU's memory as autograd makes: without it a LoRA step takes 1.03 times as long
-    (on a GPU PyTorch's own kernel is the faster one, a step 0.8 times as long).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (N, 1)
-        r = (norm * norm / x.shape[-1] + eps).rsqrt()
-        ctx.save_for_backward(x, weight, r)
-        return (x * r).to(x.dtype) * weight
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, r = ctx.saved_tensors
-        g = dy * weight
-        mean = torch.linalg.vecdot(g, x).unsqueeze(-1).float() / x.shape[-1]  # (N, 1)
-        return torch.addcmul(g * r, x, -r.pow(3) * mean).to(dy.dtype), None, None
+            # the weight is kept beside its copy, so that no other tensor can get its address meanwhile
+            self.packed = now, self.weight.data, torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed[2], self.bias, "none", [], "")
 
 
 # ---- devices and types ---------------------------------------------------------------------------
