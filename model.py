@@ -144,7 +144,7 @@ class Attention(nn.Module):
         if self.gpt2:
             self.c_attn, self.c_proj = Linear(C, 3 * C), Linear(C, C)
         else:
-            # Linear is nn.Linear, but faster where its weight is frozen
+            # Linear is nn.Linear, but faster where nothing trains
             self.q_proj = Linear(C, q, bias=cfg.qkv_bias)
             self.k_proj, self.v_proj = Linear(C, kv, bias=cfg.qkv_bias), Linear(C, kv, bias=cfg.qkv_bias)
             self.o_proj = Linear(q, C, bias=cfg.o_bias)
