@@ -121,7 +121,7 @@ def save(model, folder, base_model="", extra=None):
     """Write the adapter alone, in PEFT's format. `extra`: our own settings, kept under the key "pillow"
     with the digest of the weights (`matcher.save` says why)."""
     names, path = linear_layers(model), Path(folder) / "adapter_model.safetensors"
-    tensors = {f"base_model.model.{names[n]}.{half}.weight": getattr(m, half).detach()
+    tensors = {f"base_model.model.{names[n]}.{half}.weight": getattr(m, half)
                for n, m in layers(model).items() for half in ("lora_A", "lora_B")}
     data.write_safetensors(path, tensors, {"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),

@@ -607,7 +607,7 @@ def load(folder, dtype, device):
 
 def save(model, folder):
     """Write weights, config (head and type as now) and tokenizer: a folder for --model."""
-    named = ((hf_name(model.config, name), p.detach()) for name, p in model.named_parameters())
+    named = ((hf_name(model.config, name), p) for name, p in model.named_parameters())
     state = {theirs: p.t() if transposed else p for (theirs, transposed), p in named}
     data.write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
     config = read_json(model.folder / "config.json", dict) | {"tie_word_embeddings": model.config.tied}

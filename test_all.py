@@ -949,7 +949,7 @@ def test_a_prompt_is_alpacas_sections_and_the_plain_concatenation_of_its_pieces(
     ids = data.join(enc, [data.encode_exemplar(enc, DATE), data.encode_query(enc, PLAIN)])
     assert enc.decode(ids) == date + "9 March\n\n\n### Instruction:\nSay hello.\n\n### Response:\n"
     ids, answer = data.encode_query(enc, PLAIN), data.encode_answer(enc, PLAIN)
-    assert answer == data.encode(enc, "hello") + [enc.end_id]
+    assert answer == data.encode(enc, "hello") + [enc.end_ids[0]]
     rows, size = [PLAIN, PLAIN | {"instruction": "x" * 100}, PLAIN], len(ids + answer)
     kept, said = said_by(data.keep_short, enc, rows, size, "mine")
     assert kept == rows[::2] and "mine: kept 2 of 3" in said

@@ -489,7 +489,7 @@ def train_and_save(task, args, settings):
         keep(better=True)
     train(task, matcher, optimizer, log, args, keep)
     settings["llm_calls"] = len(env.asked)
-    env.ddp.wait()  # for the files of the first
+    env.ddp.gather(None)  # wait for the files of the first
 
 
 def main():
