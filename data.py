@@ -588,7 +588,7 @@ def read_json(path, kind=object):
 def read_safetensors(path, skip=()):
     """Yield (name, tensor) of a safetensors file, less names that end as in `skip`; UserError."""
     with fitting(path), open(path, "rb"), safe_open(path, "pt") as file:  # open: its errors name the file
-        for name in (name for name in file.keys() if not name.endswith(skip)):
+        for name in [key for key in file.keys() if not key.endswith(skip)]:
             tensor = file.get_tensor(name).clone()  # a view would keep the file open
             # numbers of 8 bits are none by themselves: scales go with them
             if not (tensor.is_floating_point() and tensor.itemsize > 1 and tensor.isfinite().all()):
