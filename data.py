@@ -511,7 +511,7 @@ def fitting(where):
     """Inside, what does not fit (a missing key, another kind, shape, format) is a UserError about `where`."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError,
+    except (ArithmeticError, AttributeError, csv.Error, LookupError, RuntimeError, SafetensorError, TypeError,
             ValueError) as error:
         what = f"{type(error).__name__}: {error}".split("\n")[0][:200]
         raise UserError(f"{where}: damaged, or not what is expected here ({what})") from None
