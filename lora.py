@@ -10,9 +10,8 @@ runs at its plain speed; `save` and `load` use PEFT's files, so that either prog
 
     python lora.py      # a layer wrapped, trained and merged
 
-Left out on purpose: adapters on embeddings and on the output head (merging one into a *tied* head would
-change the embedding too), DoRA, several adapters at once, ranks of a layer's own. Files that ask for these
-are refused.
+Left out on purpose, and refused where a file asks for it: adapters on embeddings and on the output head
+(merging one into a *tied* head would change the embedding too), DoRA, several at once, ranks per layer.
 """
 
 import contextlib
@@ -63,8 +62,9 @@ def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
 
     targets: names such as "q_proj,v_proj"; "all" stands for every linear layer of the blocks, a name for
     every layer whose full name, ours or Hugging Face's, ends in it. rslora: scale by alpha / sqrt(r)
-    (Kalajdzievski 2023). UserError when a name matches no layer.
-    """
+    (Kalajdzievski 2023). UserError when a name matches no layer."""
+    if layers(model):
+        raise UserError("the model carries an adapter already")
     every, chosen = linear_layers(model), set()
     for t in targets.split(","):
         hits = {n for n, theirs in every.items() if t == "all" or ends_in(t, n, theirs)}
@@ -72,8 +72,6 @@ def inject(model, r=8, alpha=16, targets="all", dropout=0.0, rslora=False):
             leaves = sorted({n.split(".")[-1] for n in every})
             raise UserError(f"--targets: no layer is called {t!r}; this model has {', '.join(leaves)}")
         chosen |= hits
-    if layers(model):
-        raise UserError("the model carries an adapter already")
     wrap(model, [n for n in every if n in chosen], r, alpha, dropout, rslora)  # in the model's order
 
 
@@ -120,8 +118,8 @@ def target_names(model):
 def save(model, folder, base_model="", extra=None):
     """Write the adapter alone, in PEFT's format. `extra`: our own settings, kept under the key "pillow"
     with the digest of the weights (`matcher.save` says why)."""
-    names, path = linear_layers(model), Path(folder) / "adapter_model.safetensors"
-    tensors = {f"base_model.model.{names[n]}.{half}.weight": getattr(m, half)
+    every, path = linear_layers(model), Path(folder) / "adapter_model.safetensors"
+    tensors = {f"base_model.model.{every[n]}.{half}.weight": getattr(m, half)
                for n, m in layers(model).items() for half in ("lora_A", "lora_B")}
     data.write_safetensors(path, tensors, {"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
@@ -140,8 +138,7 @@ def digest(folder):
     return hashlib.sha256((weights + asked).encode()).hexdigest()[:16]
 
 
-# Settings of adapter_config.json that are honoured, and those that change nothing in a trained adapter; every
-# other one has to be empty.
+# Settings of adapter_config.json that are honoured, and those that change nothing in a trained adapter
 HONOURED = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
             "init_lora_weights"}
 INERT = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "fan_in_fan_out",
@@ -151,18 +148,16 @@ STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # they le
 
 
 def read_config(path):
-    """adapter_config.json, checked: each setting is honoured, known to change nothing, or refused by name."""
+    """adapter_config.json, checked: each setting is honoured, inert, empty, or refused by name."""
     config = {"lora_dropout": 0.0} | data.read_json(path, dict)
     for key, value in config.items():
-        known = key in HONOURED | INERT or value is None or value is False or value in ("none", "", [], {})
-        wrong = {"init_lora_weights": value not in STARTS, "peft_type": value != "LORA"}.get(key, not known)
-        if wrong:
+        empty = value is None or value is False or value in ("none", "", [], {})
+        limited = {"peft_type": value == "LORA", "init_lora_weights": value in STARTS}
+        if not limited.get(key, empty or key in HONOURED | INERT):
             raise UserError(f"{path}: {key} = {str(value)[:60]!r} is not supported")
-    real = int, float  # but no bool, which isinstance would take for an int
-    limits = ("r", (int,), 1, 4096), ("lora_alpha", real, 0, 1e6), ("lora_dropout", real, 0, 1)
-    for key, kinds, low, high in limits:
-        value = config.get(key)
-        if type(value) not in kinds or not low <= value <= high:
+    for key, low, high in (("r", 1, 4096), ("lora_alpha", 0, 1e6), ("lora_dropout", 0, 1)):
+        value, kinds = config.get(key), (int,) if key == "r" else (int, float)
+        if type(value) not in kinds or not low <= value <= high:  # isinstance would take True for an int
             raise UserError(f"{path}: {key} = {str(value)[:20]!r} is not a usable number")
     targets = config.get("target_modules")
     with contextlib.suppress(re.error):
@@ -172,11 +167,8 @@ def read_config(path):
 
 
 def load(model, folder):
-    """Inject and fill the adapter in `folder` (ours or PEFT's); returns its adapter_config as a dict.
-
-    UserError when the file asks for what we do not do, or does not fit this model, which then stays as it
-    was.
-    """
+    """Inject and fill the adapter in `folder` (ours or PEFT's) -> its adapter_config. UserError when it asks
+    for what we do not do, or does not fit this model, which then stays as it was."""
     folder = Path(folder)
     config, path = read_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     if layers(model):
@@ -210,8 +202,8 @@ def load(model, folder):
             raise UserError(f"{path}: shape of {'.'.join(key)}: {has}, here {wants}: made for another model")
     wrap(model, chosen, config["r"], config["lora_alpha"], config["lora_dropout"], config.get("use_rslora"))
     for n, m in layers(model).items():
-        for half in ("lora_A", "lora_B"):
-            getattr(m, half).data.copy_(found[every[n], half])
+        m.lora_A.data.copy_(found[every[n], "lora_A"])
+        m.lora_B.data.copy_(found[every[n], "lora_B"])
     return config
 
 
@@ -220,19 +212,19 @@ def lesson():
     torch.manual_seed(0)
     base, x = nn.Linear(64, 64, bias=False).requires_grad_(False), torch.randn(256, 64)
     wanted = x @ (base.weight + 0.2 * torch.randn(64, 4) @ torch.randn(4, 64)).t()  # a change of rank 4
-    layer, before = LoRALinear(base, r=4, scale=2.0), base(x)
-    n = sum(p.numel() for p in (layer.lora_A, layer.lora_B))
+    model = nn.Sequential(LoRALinear(base, r=4, scale=2.0))
+    n = sum(p.numel() for p in parameters(model))
     print(f"A and B have {n} numbers, W has {base.weight.numel()}.")
-    print(f"B is zero, so the start is W: largest difference {(layer(x) - before).abs().max().item():.1e}")
-    optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], 0.01)
+    print(f"B is zero, so the start is W: largest difference {(model(x) - base(x)).abs().max().item():.1e}")
+    optimizer = torch.optim.Adam(parameters(model), 0.01)
     for step in range(401):
-        loss = F.mse_loss(layer(x), wanted)
+        loss = F.mse_loss(model(x), wanted)
         if step % 100 == 0:
             print(f"step {step:3d}  loss {loss.item():.5f}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model, trained = nn.Sequential(layer), layer(x)
+    trained = model(x)
     merge(model)
     print(f"merged: largest difference {(model(x) - trained).abs().max().item():.1e}, one product again")
 

@@ -3,11 +3,9 @@ The matching network: which exemplars of the pool should stand in front of this 
 
 PILLOW (Qi et al. 2023, arXiv 2312.05621) has two small MLPs, one for the question and one for the pool's
 exemplars; the dot product of their outputs, over the pool, is a distribution. ("Ours" marks what the paper
-does not say.) With h(.) the LoRA-tuned language model's mean-pooled final hidden state of a question (an
-exemplar's answer left out), and z(.) the same standardised by the mean and std of the pool it was trained
-with:
+does not say.) h(.) is the LoRA-tuned language model's mean-pooled final hidden state of a question, or of an
+exemplar without its answer; z(.) is the same, standardised by the training pool's mean and std:
 
-    state (x, chosen): the question, the exemplars chosen so far
     f(.) = MLP_shared[z(.)]                          as wide as z: what both towers add to it
     a, s = MLP_question[z(x), mean of the chosen z]  the question tower's own; s, the score of *stop*
     u    = unit(z(x) + f(x) + a)                     question tower
@@ -22,8 +20,8 @@ with two separate MLPs `styles` took 320 steps, not 180, and ended lower. *stop*
 it starts where the pool makes it start (`sharpen`).
 
 An exemplar is *allowed* unless it asks the very question, was chosen before, or is not among the
-`candidates` nearest by z. The distribution is renormalised over what is allowed at every step, so log pi of a
-sequence of picks is the exact one (test_all.py enumerates every sequence).
+`candidates` nearest by z. The softmax is over what is allowed in each step, so the log pi of a sequence of
+picks, the sum of its steps', is exact.
 
     python matcher.py      # the policy over a tiny pool, before and after one update
 
@@ -60,13 +58,11 @@ class Encoded(NamedTuple):
 
 class Matcher(nn.Module):
     """The two towers and the policy they make. B questions, K rollouts, m picks, n exemplars, C features.
-
-    candidates: how many of the nearest exemplars may be chosen; 0: the whole pool.
-    """
+    candidates: how many of the nearest exemplars may be chosen; 0: the whole pool."""
 
     def __init__(self, C, hidden=256, candidates=0):
         super().__init__()
-        self.settings = {"C": C, "hidden": hidden, "candidates": candidates}
+        self.settings = {"C": C, "hidden": hidden, "candidates": candidates}  # what `save` writes
         self.candidates = candidates
         self.question_mlp = nn.Sequential(nn.Linear(2 * C, hidden), nn.GELU(), nn.Linear(hidden, C + 1))
         self.shared_mlp = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C))
@@ -95,19 +91,16 @@ class Matcher(nn.Module):
         """Of the allowed exemplars (B, n) only the `candidates` nearest stay: large pools stay learnable."""
         if not self.candidates:
             return allowed
-        out = torch.zeros_like(allowed)
-        for row, near in zip(out, select_nearest(self.z(h), encoded.z, allowed, self.candidates)):
+        narrowed = torch.zeros_like(allowed)
+        for row, near in zip(narrowed, select_nearest(self.z(h), encoded.z, allowed, self.candidates)):
             row[near] = True
-        return out
+        return narrowed
 
     def scores(self, h, encoded, chosen, allowed):
-        """Unnormalised log pi(. | x, chosen), (B, n + 1): a column per exemplar, then *stop*; -inf if not
-        allowed.
-
-        h (B, C) the questions' features; chosen (B, t) picks so far; allowed (B, n) bool.
-        """
+        """Unnormalised log pi(. | x, chosen), (B, n + 1): a column per exemplar, -inf if not allowed, then
+        *stop*. h (B, C): the questions' features; chosen (B, t): picks so far; allowed (B, n): bool."""
         z = self.z(h)
-        # chosen holds STOP, -1, where a rollout is over; neither that row's context nor its scores are used
+        # chosen holds STOP, -1, where a rollout is over: what is made of such a row is not used
         context = encoded.z[chosen].mean(1) if chosen.shape[1] else torch.zeros_like(z)  # (B, C)
         a, s = self.question_mlp(torch.cat([z, context], -1)).split([z.shape[1], 1], -1)  # (B, C), (B, 1)
         u = F.normalize(z + self.shared_mlp(z) + a, dim=-1)
@@ -116,11 +109,14 @@ class Matcher(nn.Module):
         allowed = allowed.scatter(1, chosen.clamp(min=0), False)
         return scores.masked_fill(~allowed, float("-inf"))
 
-    def play(self, h, encoded, allowed, shots, generator=None):
-        """Up to `shots` picks per question: the likeliest at each step, or sampled if a generator is given.
+    def first_choice(self, h, encoded, allowed):
+        """pi(. | x) before anything is chosen, (B, n + 1)."""
+        nothing = torch.zeros(len(h), 0, dtype=torch.long)
+        return self.scores(h, encoded, nothing, allowed).softmax(-1)
 
-        -> picks (B, m), STOP from where a rollout ended, and each pick's probability (B, m).
-        """
+    def play(self, h, encoded, allowed, shots, generator=None):
+        """Up to `shots` picks per question, the likeliest at each step, or sampled if a generator is given ->
+        picks (B, m), STOP from where a rollout ended, and each pick's probability (B, m)."""
         picks = torch.full((len(h), shots), STOP)
         chances, going = torch.ones(len(h), shots), torch.ones(len(h), dtype=torch.bool)
         for t in range(shots):
@@ -141,8 +137,7 @@ class Matcher(nn.Module):
         """Exact log pi of whole rollouts, picks (B, K, m) -> log pi (B, K) and entropy (B, K).
 
         log pi(p_1 .. p_m | x) = sum_t log pi(p_t | x, p_1 .. p_t-1), up to and including the stop; the
-        entropy is the mean over the decisions that a rollout really took.
-        """
+        entropy is the mean over the decisions that a rollout really took."""
         B, K, m = picks.shape
         h, allowed, picks = h.repeat_interleave(K, 0), allowed.repeat_interleave(K, 0), picks.flatten(0, 1)
         going = F.pad(picks[:, :-1] != STOP, (1, 0), value=True).float()  # (B K, m): decisions really taken
@@ -157,17 +152,14 @@ class Matcher(nn.Module):
 
     @torch.no_grad()
     def sharpen(self, h, encoded, allowed, nats=0.7):
-        """Set exp(tau) so that the first choice of questions h (B, C) has an entropy of `nats` in the mean.
-
-        A scale that suits 100 exemplars is too flat for 5,000: sampled picks are then far worse than the
-        likeliest, and REINFORCE relearns what nearness knew. By bisection, since entropy falls with tau.
-        """
-        none, low, high = torch.zeros(len(h), 0, dtype=torch.long), 0.0, 7.0
+        """Set exp(tau) so that the first choice of questions h (B, C) has an entropy of `nats` in the mean. A
+        scale that suits 100 exemplars is too flat for 5,000: sampled picks are then far worse than the
+        likeliest, and REINFORCE relearns what nearness knew."""
+        low, high = 0.0, 7.0  # bisection: entropy falls with tau
         for _ in range(20):
             self.tau.fill_((low + high) / 2)
-            p = self.scores(h, encoded, none, allowed).softmax(-1)
-            flat = torch.special.entr(p).sum(-1).mean() > nats
-            low, high = (float(self.tau), high) if flat else (low, float(self.tau))
+            entropy = torch.special.entr(self.first_choice(h, encoded, allowed)).sum(-1).mean()
+            low, high = (float(self.tau), high) if entropy > nats else (low, float(self.tau))
 
     @torch.no_grad()
     def stop_below(self, t):
@@ -199,9 +191,9 @@ def allowed_exemplars(questions, pool):
 
 @torch.no_grad()
 def select_likeliest(matcher, h, encoded, allowed, shots):
-    """The matcher's greedy picks; some questions at a time bound the memory."""
+    """The matcher's greedy picks."""
     picks, n = [], at_once(encoded.z)
-    for some, rows in zip(h.split(n), allowed.split(n)):
+    for some, rows in zip(h.split(n), allowed.split(n)):  # (b, C), (b, n)
         rows = matcher.narrow(some, encoded, rows)
         picks += as_lists(matcher.play(some, encoded, rows, shots)[0])
     return picks
@@ -220,7 +212,7 @@ def at_once(pool):
 def select_nearest(z, z_pool, allowed, shots):
     """Nearest neighbours by cosine of standardised features z (B, C), z_pool (n, C), nearest first."""
     picks, v, n = [], F.normalize(z_pool, dim=-1).t(), at_once(z_pool)
-    for some, rows in zip(z.split(n), allowed.split(n)):
+    for some, rows in zip(z.split(n), allowed.split(n)):  # (b, C), (b, n)
         cosine = (F.normalize(some, dim=-1) @ v).masked_fill(~rows, float("-inf"))  # (b, n)
         near = cosine.topk(min(shots, len(z_pool)), -1).indices.tolist()
         picks += [[j for j in js if row[j]] for js, row in zip(near, rows)]
@@ -236,10 +228,7 @@ def similarity(z, z_pool, picks):
 def tune_threshold(cosine, gain):
     """The t for which "an exemplar where cosine (N,) > t, else none" has the largest total gain less the
     total's standard error: of N noisy totals the largest flatters, and an exemplar too many does harm.
-
-    gain (N,): reward with the nearest exemplar minus reward without, on training questions. The control that
-    a trained matcher has to beat where it learns only *when* to take an exemplar.
-    """
+    gain (N,): reward with the nearest exemplar minus reward without, on training questions."""
     order = torch.argsort(cosine, descending=True)
     total = gain[order].cumsum(0) - gain[order].square().cumsum(0).sqrt()
     best = int(F.pad(total, (1, 0)).argmax())  # how many to take: the first 0, 1 .. N
@@ -249,7 +238,8 @@ def tune_threshold(cosine, gain):
 
 
 def select_threshold(z, z_pool, allowed, shots, t):
-    """Nearest neighbours where the nearest is more similar than t, else none."""
+    """Nearest neighbours where the nearest is more similar than t, else none: the control for a matcher that
+    learns only *when* to take an exemplar."""
     picks = select_nearest(z, z_pool, allowed, shots)
     return [p if c > t else [] for p, c in zip(picks, similarity(z, z_pool, picks).tolist())]
 
@@ -265,27 +255,26 @@ class BM25:
     """Okapi BM25 (Robertson & Zaragoza 2009) over the pool's questions: the classic lexical retriever.
 
     score(q, d) = sum over words w of q:  idf(w) f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))
-    idf(w) = log(1 + (n - n_w + 0.5) / (n_w + 0.5)),  f = count of w in d,  n_w = documents with w
-    """
+    idf(w) = log(1 + (n - n_w + 0.5) / (n_w + 0.5)),  f = count of w in d,  n_w = documents with w"""
 
-    def __init__(self, documents, k1=1.5, b=0.75):
-        self.documents, self.k1, self.b = documents, k1, b
+    def __init__(self, documents):
+        self.documents = documents
 
     @functools.cached_property
     def weights(self):
         """{word: (documents that have it, what it adds to their scores)}. Of a large pool this takes seconds,
         so it is made when it is first asked for."""
+        k1, b, n, found, weights = 1.5, 0.75, len(self.documents), {}, {}
         counts = [Counter(self.words(d)) for d in self.documents]
         length = np.array([c.total() for c in counts], dtype=np.float64)
-        norm = self.k1 * (1 - self.b + self.b * length / length.mean())
-        n, found, weights = len(counts), {}, {}
+        norm = k1 * (1 - b + b * length / length.mean())
         for i, c in enumerate(counts):
             for w, f in c.items():
                 found.setdefault(w, []).append((i, f))
         for w, pairs in found.items():
             ids, f = np.array(pairs).T
             idf = math.log(1 + (n - len(ids) + 0.5) / (len(ids) + 0.5))
-            weights[w] = ids, idf * f * (self.k1 + 1) / (f + norm[ids])
+            weights[w] = ids, idf * f * (k1 + 1) / (f + norm[ids])
         return weights
 
     @staticmethod
@@ -297,10 +286,8 @@ class BM25:
         picks = []
         for text, row in zip(texts, np.asarray(allowed)):
             scores = np.zeros(len(self.documents))
-            for w in self.words(text):
-                if w in self.weights:
-                    ids, weight = self.weights[w]
-                    scores[ids] += weight
+            for ids, weight in (self.weights[w] for w in self.words(text) if w in self.weights):
+                scores[ids] += weight
             order = np.argsort(-np.where(row, scores, -np.inf), kind="stable")
             picks.append([int(j) for j in order[:shots] if row[j]])
         return picks
@@ -325,29 +312,28 @@ def selectors(matcher, encoded, bm25, questions, h, allowed, shots, threshold, s
 def cached_features(model, enc, examples, what, adapter="", cache="cache"):
     """h(.) of each question, answers left out, so that questions and exemplars are alike: (N, C) float32.
 
-    Every text is embedded once and kept in cache/features/, in a folder for each model and merged adapter
-    (its digest). New texts are worked out 512 at a time, each part written when it is whole, so an
-    interrupted run repeats the same batches and ends with the same bits.
-    """
+    Every text is read once; its features stay in cache/features/, in a folder for each model and adapter (its
+    digest). New ones are worked out 512 at a time, each part written when it is whole, so an interrupted run
+    repeats the same batches and ends with the same bits."""
     kind = str(model.embed.weight.dtype).removeprefix("torch.")
     store = Path(cache) / "features" / "-".join(filter(None, (model.fingerprint, kind, adapter)))
     known = {}  # {digest of a text: (C,)}
     for path in sorted(store.glob("*.safetensors")):
-        tensors, names = data.read_checkpoint(path)
+        tensors, part = data.read_checkpoint(path)
         with data.fitting(path):
-            known |= zip(names, tensors["features"].view(len(names), model.config.n_embd))
+            known |= zip(part, tensors["features"].view(len(part), model.config.n_embd))
     names = [hashlib.sha256(data.query_text(e).encode()).hexdigest()[:24] for e in examples]
-    missing = list({name: e for name, e in zip(names, examples) if name not in known}.items())
-    bar = tqdm(total=len(missing), desc=f"features of {what}", unit="question", disable=not missing)
-    for s in range(0, len(missing), 512):
-        part, rows = zip(*missing[s : s + 512])
-        ids = [data.encode_query(enc, e) for e in rows]
-        if too_long := [e for e, i in zip(rows, ids) if len(i) > model.config.n_ctx]:
-            start = too_long[0]["instruction"][:40]
+    missing = {name: e for name, e in zip(names, examples) if name not in known}
+    new, ids = list(missing), [data.encode_query(enc, e) for e in missing.values()]
+    for e, tokens in zip(missing.values(), ids):
+        if len(tokens) > model.config.n_ctx:
+            start = e["instruction"][:40]
             raise UserError(f"{what}: the question {start!r} is longer than {model.config.n_ctx} tokens")
-        features = model.features(ids)
+    bar = tqdm(total=len(new), desc=f"features of {what}", unit="question", disable=not new)
+    for s in range(0, len(new), 512):
+        part, features = new[s : s + 512], model.features(ids[s : s + 512])
         path = store / f"{hashlib.sha256(''.join(part).encode()).hexdigest()[:24]}.safetensors"
-        data.write_checkpoint(path, {"features": features}, list(part))
+        data.write_checkpoint(path, {"features": features}, part)
         known |= zip(part, features)
         bar.update(len(part))
     bar.close()
@@ -357,15 +343,14 @@ def cached_features(model, enc, examples, what, adapter="", cache="cache"):
 def save(matcher, folder, settings):
     """matcher.safetensors (towers, tau, feature mean, std) and config.json (`settings`: what made it). The
     latter names the weights by digest: a kill between the two must not pair those of two runs."""
-    path = Path(folder) / "matcher.safetensors"
+    path = folder / "matcher.safetensors"
     data.write_safetensors(path, matcher.state_dict())
-    data.write_json(Path(folder) / "config.json",
-                    settings | {"matcher": matcher.settings, "weights": data.digest_file(path)})
+    more = {"matcher": matcher.settings, "weights": data.digest_file(path)}
+    data.write_json(folder / "config.json", settings | more)
 
 
 def load(folder):
     """-> (matcher, settings) as saved; UserError if a file is missing, damaged, or of another run."""
-    folder = Path(folder)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no matcher there; run python train_matcher.py --out {folder.parent}")
     settings, path = data.read_json(folder / "config.json", dict), folder / "matcher.safetensors"
@@ -389,8 +374,7 @@ def lesson():
     matcher = Matcher(C=2, hidden=8)
 
     def show(when):
-        none = torch.zeros(1, 0, dtype=torch.long)
-        p = matcher.scores(h, matcher.encode(h_pool), none, allowed).softmax(-1)[0]
+        [p] = matcher.first_choice(h, matcher.encode(h_pool), allowed)
         print(f"{when:20s}", *(f"p{j} {x:.3f} " for j, x in enumerate(p[:-1])), f"stop {p[-1]:.3f}")
 
     print("A question near p0 and p1; p3 asks the very question, so it is not allowed.\n")

@@ -13,8 +13,7 @@ the norms in front), and each part is chosen where it is built. Layers keep Hugg
 
 PILLOW needs three things of its language model: answers for a ragged batch of prompts (`generate`), the
 likelihood of a given answer (`answer_logprobs`) and mean-pooled features (`features`). The first two take a
-`PrefixCache`: an exemplar's keys and values do not depend on the question behind it, so they are computed
-once for each exemplar of the pool instead of once for each rollout.
+`PrefixCache`, so that an exemplar is read once, not in every rollout.
 
     python model.py    # the default model answers, with and without its cache: some seconds
 
@@ -66,8 +65,7 @@ def rope_table(cfg, positions, dtype):
 
     The pair (x_i, x_{i+D/2}) of a query or key is turned by position * theta^(-2i/D), so that the two meet at
     an angle that depends on their distance only. The first half of `sin` is negated: see `rotate`.
-    Llama 3's scaling slows the low frequencies (Llama 3.1's model card).
-    """
+    Llama 3's scaling slows the low frequencies (Llama 3.1's model card)."""
     i = torch.arange(0, cfg.head_dim, 2, device=positions.device)
     freq = cfg.rope_theta ** (-i.float() / cfg.head_dim)  # (D/2,)
     if s := cfg.rope_scaling:
@@ -91,10 +89,8 @@ def attend(q, k, v, mask=None):
 
     A key/value head serves G = H / KV query heads (Ainslie et al. 2023): they become G T queries of it, so
     that keys are never repeated. mask (B, 1, G T, S): 0 where a query may look, -inf where not; None: causal.
-
     PyTorch's fused kernel never writes the scores (T, S) to memory. With short texts on a CPU it is slower: a
-    LoRA step takes 1.2 to 1.3 times as long, rollouts 1.14.
-    """
+    LoRA step takes 1.2 to 1.3 times as long, rollouts 1.14."""
     (B, H, T, D), (KV, S) = q.shape, k.shape[1:3]
     G, fused = H // KV, q.device.type != "cpu" or T * S > 1 << 16
     if fused and mask is None:
@@ -115,8 +111,7 @@ class Batch:
     """What the layers of one forward pass share.
 
     Rows of unequal length are padded on the right to (B, T), but only attention has to know rows from tokens:
-    everything else runs on the N real tokens as a flat (N, C), where padding costs nothing.
-    """
+    everything else runs on the N real tokens as a flat (N, C), where padding costs nothing."""
 
     B: int
     T: int
@@ -141,10 +136,9 @@ class Attention(nn.Module):
         super().__init__()
         self.D, self.gpt2 = cfg.head_dim, cfg.family == "gpt2"
         C, q, kv = cfg.n_embd, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
-        if self.gpt2:
+        if self.gpt2:  # Linear, below, is nn.Linear, but faster where nothing trains
             self.c_attn, self.c_proj = Linear(C, 3 * C), Linear(C, C)
         else:
-            # Linear is nn.Linear, but faster where nothing trains
             self.q_proj = Linear(C, q, bias=cfg.qkv_bias)
             self.k_proj, self.v_proj = Linear(C, kv, bias=cfg.qkv_bias), Linear(C, kv, bias=cfg.qkv_bias)
             self.o_proj = Linear(q, C, bias=cfg.o_bias)
@@ -216,10 +210,8 @@ class GPT(nn.Module):
 
     def hidden(self, ids, lengths=None, cache=None):
         """ids (B, T), right-padded -> final hidden states (B, T, C), after the last norm, zeros at padding.
-
         lengths (B,): how many tokens of each row are real; None: all of them. With a KVCache, what was cached
-        stands in front, and the new tokens are added to it.
-        """
+        stands in front, and the new tokens are added to it."""
         B, T = ids.shape
         t = torch.arange(T, device=ids.device)
         if lengths is None:
@@ -253,8 +245,7 @@ class GPT(nn.Module):
         temperature 0 is greedy; `top_k` limits sampling to the k likeliest tokens; a `seed` makes it repeat.
         eos_ids: ids that end an answer, as a tokenizer's end_ids.
         prefixes: for each prompt the index in `prefix_cache` of what stands in front of it, or None.
-        on_token(row, id) is called for every new token, as it appears. ValueError: see `check`.
-        """
+        on_token(row, id) is called for every new token, as it appears. ValueError: see `check`."""
         rng = torch.Generator(self.device)
         rng.manual_seed(seed) if seed is not None else rng.seed()
         answers, new = [[] for _ in prompts], [max_new_tokens] * len(prompts)
@@ -361,13 +352,12 @@ def pad(rows, device=None):
 
 
 class KVCache:
-    """Keys and values of B rows in preallocated slots.
+    """Keys and values of B rows in preallocated slots:
 
         [ exemplar, padded to P | question, padded to Q | answer tokens ... ]
 
     Every row writes the same slots in the same step; rows of unequal length leave holes, which `valid` marks.
-    A slot is storage, not a position: RoPE was applied with the token's true position, wherever it lies.
-    """
+    A slot is storage, not a position: RoPE was applied with the token's true position, wherever it lies."""
 
     def __init__(self, cfg, B, slots, like):
         # zeros: slots not yet written are masked, but garbage there could be NaN, and 0 * NaN is NaN
@@ -415,16 +405,14 @@ class PrefixCache:
     whatever follows, so every rollout behind it shares them, exactly. (A second exemplar's depend on the
     first: a pool of n has n^2 of those, few asked for twice, so they are simply part of the prompt.)
 
-    They are computed in fixed groups of `block`, never in the order of asking: rounding depends on
-    what shares a batch, and an interrupted run must end bit for bit like a whole one. A group has at
-    most 8,192 tokens, padding included, so that one book among short exemplars is worked out alone. Beyond
-    `max_bytes` the least recently used are forgotten.
-    """
+    They are computed in fixed blocks, never in the order of asking: rounding depends on what shares a batch,
+    and an interrupted run must end bit for bit like a whole one. A block has at most `block` entries and
+    8,192 tokens, padding included. Beyond `max_bytes` the least recently used are forgotten."""
 
     def __init__(self, model, entries, block=16, max_bytes=1 << 30):
         self.model, self.entries, self.max_bytes = model, entries, max_bytes
         self.kv, self.bytes = {}, 0
-        self.blocks, rows = {}, []  # {index: its group}
+        self.blocks, rows = {}, []  # {index: all indices of its block}
         for i in sorted(range(len(entries)), key=lambda i: len(entries[i])):  # like lengths together
             if len(entries[i]) > model.config.n_ctx:
                 break  # this and all longer ones can stand in front of nothing
@@ -441,7 +429,7 @@ class PrefixCache:
             cache = KVCache(self.model.config, len(rows), ids.shape[1], self.model.embed.weight)
             self.model.hidden(ids, lengths, cache)
             for b, j in enumerate(rows):
-                if j not in self.kv:
+                if j not in self.kv:  # it may have outlived others of its block
                     self.kv[j] = cache.kv[:, :, b, :, :len(self.entries[j])].clone()
                     self.bytes += self.kv[j].nbytes
         self.kv[i] = self.kv.pop(i)  # dicts keep the order of insertion: the oldest is the first
@@ -555,10 +543,7 @@ BUFFERS = ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "position_id
 
 def hf_name(cfg, ours):
     """(the name of our parameter or layer in a Hugging Face checkpoint, whether it is stored transposed).
-
-    GPT-2's Conv1D keeps weights as (in, out). One of them, attn.c_proj, is square, so a missing transposition
-    would pass every check of shapes: it has to be written down, here.
-    """
+    GPT-2's Conv1D keeps weights as (in, out); attn.c_proj is square: no check of shapes would tell."""
     theirs = ".".join(HF_NAMES[cfg.family].get(part, part) for part in ours.split("."))
     return theirs, ".c_" in ours and "weight" in ours
 
@@ -639,8 +624,7 @@ class Linear(nn.Linear):
 
     oneDNN multiplies blocked matrices. Given a plain one it re-orders it in every call, which with few rows
     takes as long as the product: without copies rollouts take 1.14 times as long, features 1.10. A copy costs
-    the weight's memory; `packing` turns them off, and one is made anew when the weight changes.
-    """
+    the weight's memory (`packing` turns it off), and is made anew when the weight changes."""
 
     packing, packed = True, None
 
@@ -679,15 +663,15 @@ def pick_dtype(name, device):
         return (torch.bfloat16, "this GPU has it") if fast else (torch.float32, "this GPU has no bfloat16")
     if device != "cpu":
         return torch.float32, f"the safe choice on {device}"
-    seconds, threads = {torch.float32: [], torch.bfloat16: []}, torch.get_num_threads()
+    best, threads = {torch.float32: math.inf, torch.bfloat16: math.inf}, torch.get_num_threads()
     torch.set_num_threads(1)  # and the best of many tries: beside other work the answer must be the same
     for n in range(20):
-        for dtype, took in seconds.items():
+        for dtype in best:
             x, w = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
             start = time.perf_counter()
             F.linear(x, w)
-            took.append(time.perf_counter() - start)
-        ratio = min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+        ratio = best[torch.float32] / best[torch.bfloat16]
         if n > 2 and ratio < 0.5:  # it has no such instructions; do not spend seconds on it
             break
     torch.set_num_threads(threads)
@@ -700,8 +684,7 @@ def setup(args, ddp=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    choice = pick_dtype(args.dtype, device)
-    dtype, reason = ddp.gather(choice)[0] if ddp else choice
+    dtype, reason = (ddp or data.Processes()).gather(pick_dtype(args.dtype, device))[0]
     print(f"{device}, {str(dtype).removeprefix('torch.')} ({reason}), {torch.get_num_threads()} threads")
     return device, dtype
 

@@ -10,15 +10,14 @@ with K rollouts of one question
 
 b_k does not depend on picks_k, so the gradient stays unbiased, and a question whose rollouts all earned the
 same teaches nothing, as it should. One term stands beside it: the policy's entropy is held up where it
-falls below a floor, for a policy that is certain explores no more. The gradient's norm is clipped at 1. No
-critic, no ratio clipped as in PPO, no division by the standard deviation.
+falls below a floor, for a policy that is certain explores no more. The gradient's norm is clipped at 1.
 
 The language model is by far the dearest part and greedy decoding is deterministic: `Environment` remembers
 the outcome of every (question, exemplars in order), so it is asked only about what was never tried before.
 
     python rl.py      # a bandit of four arms: the gradient and the curve, with and without the baseline
 
-Left out on purpose: PPO, reward models, rewards before the end.
+Left out on purpose: PPO's clipped ratio, a critic, division by the standard deviation, reward models.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ from tqdm import tqdm
 import data
 from model import PrefixCache
 
-# ---- rewards: score(answer, reference) -------------------------------------------------------------
+# ---- rewards: a weighted sum of scores -------------------------------------------------------------
 
 
 def exact(answer, reference):
@@ -50,9 +49,8 @@ def words(text):
 
 
 def rouge_l(answer, reference):
-    """ROUGE-L F1 (Lin 2004): 2PR / (P + R), P and R = longest common subsequence / words of either text.
-
-    English splits as in the usual implementation, without stemming. Two empty texts agree (1.0)."""
+    """ROUGE-L F1 (Lin 2004): 2PR / (P + R), P and R = longest common subsequence / words of either text. No
+    stemming; else English splits as in the usual implementation. Two empty texts agree (1.0)."""
     a, b = words(answer), words(reference)
     if not a or not b:
         return float(a == b)
@@ -64,9 +62,9 @@ def rouge_l(answer, reference):
     return 2 * row[-1] / (len(a) + len(b))
 
 
-SCORES = {"exact": exact, "rouge": rouge_l}  # of an answer in words, 0 to 1
-# They need the reference only, no answer: its log-likelihood per token, and its probability. The
-# probability is what `exact` would be on average if answers were sampled, without the noise of sampling.
+SCORES = {"exact": exact, "rouge": rouge_l}  # of (answer, reference), 0 to 1
+# They ask for no answer: the reference's log-likelihood per token, and its probability. The probability
+# is what `exact` would be on average if answers were sampled, without the noise of sampling.
 LIKELIHOODS = "logprob", "prob"
 
 
@@ -74,9 +72,9 @@ def parse_reward(text):
     """'exact', 'rouge', 'logprob', 'prob' or a mix such as 'rouge:0.5,logprob:0.5' -> {name: weight}."""
     names, parts = (*SCORES, *LIKELIHOODS), [part.strip().partition(":") for part in text.split(",")]
     with contextlib.suppress(ValueError):
-        weights = {name: float(weight or 1) for name, _, weight in parts if name in names}
-        if len(weights) == len(parts) and all(0 < weight < np.inf for weight in weights.values()):
-            return weights
+        reward = {name: float(weight or 1) for name, _, weight in parts if name in names}
+        if len(reward) == len(parts) and all(0 < weight < np.inf for weight in reward.values()):
+            return reward
     raise data.UserError(f"--reward {text}: use {', '.join(names)}, or a mix such as rouge:0.5,logprob:0.5")
 
 
@@ -86,10 +84,8 @@ def parse_reward(text):
 class Environment:
     """Outcomes of a merged language model with chosen exemplars in front, each worked out once.
 
-    pool: examples; max_new_tokens: length limit of an answer; fingerprint: names the model and adapter;
-    memo_path: a JSONL file of outcomes, shared between runs. `asked` holds the distinct calls of this run,
-    remembered or not: the honest price of an experiment.
-    """
+    fingerprint: names the model and adapter; memo_path: a JSONL file of outcomes, shared between runs.
+    `asked` holds this run's distinct calls, remembered or not: the honest price of an experiment."""
 
     def __init__(self, model, enc, pool, max_new_tokens, fingerprint="", memo_path=None,
                  cache_bytes=1 << 30, block=None, ddp=None):
@@ -99,23 +95,22 @@ class Environment:
         block = block or (16 if len(pool) <= 1000 else 1)  # of a large pool few are picked: one at a time
         self.prefix_cache = PrefixCache(model, self.exemplars, block=block, max_bytes=cache_bytes)
         self.names = [data.digest(e) for e in pool]
-        self.memo_path = memo_path
+        self.memo_path, self.asked = memo_path, set()
         self.memo = read_memo(Path(memo_path)) if memo_path else {}  # {key: [answer, cut?] or log-likelihood}
-        self.asked = set()
 
-    def score(self, weights, questions, picks, progress=None):
-        """R = sum of weight * score over `weights`, of each question after its picks: (N,) float64 array."""
-        total = np.zeros(len(questions))
-        for name, weight in weights.items():
+    def score(self, reward, questions, picks, progress=None):
+        """What each question earns behind its picks, (N,) float64 array. reward: {name: weight}."""
+        rewards = np.zeros(len(questions))
+        for name, weight in reward.items():
             if name in SCORES:
                 answers = self.outcomes("answer", questions, picks, progress)
-                score = [SCORES[name](answer, q["output"]) for (answer, _), q in zip(answers, questions)]
+                each = [SCORES[name](answer, q["output"]) for (answer, _), q in zip(answers, questions)]
             else:
-                score = self.outcomes("logprob", questions, picks, progress)  # per token
+                each = self.outcomes("logprob", questions, picks, progress)  # per token
             if name == "prob":
-                score = np.exp(score) ** [len(data.encode_answer(self.enc, q)) for q in questions]
-            total += weight * np.array(score)
-        return total
+                each = np.exp(each) ** [len(data.encode_answer(self.enc, q)) for q in questions]
+            rewards += weight * np.array(each)
+        return rewards
 
     def outcomes(self, kind, questions, picks, progress=None):
         """kind "answer": [greedy answer, cut short?]; "logprob": the reference's log-likelihood per token."""
@@ -128,8 +123,8 @@ class Environment:
             chunk = new[s : s + 256]
             mine = chunk[self.ddp.rank :: self.ddp.world]  # a process asks about its share, all learn all
             found = self.ask(kind, [questions[i] for i in mine], [picks[i] for i in mine])
-            for part in self.ddp.gather(dict(zip(mine, found))):
-                self.memo |= {keys[i]: outcome for i, outcome in part.items()}
+            for part in self.ddp.gather({keys[i]: outcome for i, outcome in zip(mine, found)}):
+                self.memo |= part
             if self.memo_path and self.ddp.rank == 0:
                 with open(self.memo_path, "a", encoding="utf-8") as file:  # "\n" first: one may be cut short
                     file.writelines("\n" + json.dumps([keys[i], self.memo[keys[i]]]) for i in chunk)
@@ -138,41 +133,42 @@ class Environment:
         return [self.memo[k] for k in keys]
 
     def ask(self, kind, questions, picks):
-        if not questions:
+        if not questions:  # of few new ones a process's share may be none
             return []
-        references = [data.encode_answer(self.enc, q) for q in questions] if kind == "logprob" else None
-        room = [len(r) for r in references] if references else [self.max_new_tokens] * len(questions)
-        first, ids, _ = zip(*map(self.prompt, questions, picks, room))
+        references = [data.encode_answer(self.enc, q) for q in questions]
+        new = [self.max_new_tokens if kind == "answer" else len(r) for r in references]
+        first, ids, _ = zip(*map(self.prompt, questions, picks, new))
         behind = {"prefixes": first, "prefix_cache": self.prefix_cache}
         if kind == "answer":
-            answers = self.model.generate(list(ids), self.max_new_tokens, eos_ids=self.enc.end_ids, **behind)
+            answers = self.model.generate(ids, self.max_new_tokens, eos_ids=self.enc.end_ids, **behind)
             texts = [data.decode(self.enc, a).decode("utf-8", errors="replace") for a in answers]
             return [[text, len(a) == self.max_new_tokens] for text, a in zip(texts, answers)]
-        total = self.model.answer_logprobs(list(ids), references, **behind)
+        total = self.model.answer_logprobs(ids, references, **behind)
         if not torch.isfinite(total).all():
             raise data.UserError(f"a reference's log-likelihood is {total.min().item()}; try --dtype float32")
         return [t / len(r) for t, r in zip(total.tolist(), references)]
 
-    def room(self, weights, question):
-        """How many tokens an answer may take: the reference has to fit where its likelihood is asked."""
-        likely = weights.keys() & set(LIKELIHOODS)
+    def new_tokens(self, reward, question):
+        """How many tokens may follow: an answer's, or the reference's where its likelihood counts."""
+        likely = any(name in reward for name in LIKELIHOODS)
         return max(self.max_new_tokens, len(data.encode_answer(self.enc, question)) if likely else 0)
 
     def prompt(self, question, picks, new):
         """exemplars + question -> (index of the first exemplar, which is cached, or None; ids of the rest;
         how many exemplars, from the last, did not fit beside `new` more tokens)."""
-        ids = data.encode_query(self.enc, question)
-        room = self.model.config.n_ctx - new - len(ids)
+        ids, limit = data.encode_query(self.enc, question), self.model.config.n_ctx
+        room = limit - new - len(ids)
         if room < 0:
-            start, limit = question["instruction"][:40], self.model.config.n_ctx
-            raise data.UserError(f"the question {start!r} takes {len(ids)} tokens; with {new} for the "
-                                 f"answer that exceeds the model's context of {limit}")
+            start = question["instruction"][:40]
+            raise data.UserError(f"the question {start!r} takes {len(ids)} tokens; with {new} for the answer "
+                                 f"that exceeds the model's context of {limit}")
         fit = list(picks)
         while sum(len(self.exemplars[p]) for p in fit) > room:
             fit.pop()
-        first = fit[0] if fit else None
-        rest = data.join(self.enc, [self.exemplars[p] for p in fit] + [ids])
-        return first, rest[len(self.exemplars[first]) :] if fit else rest, len(picks) - len(fit)
+        if not fit:
+            return None, ids, len(picks)
+        rest = data.join(self.enc, [self.exemplars[p] for p in fit] + [ids])[len(self.exemplars[fit[0]]) :]
+        return fit[0], rest, len(picks) - len(fit)
 
     def key(self, kind, question, picks):
         limit = str(self.max_new_tokens) if kind == "answer" else ""
@@ -180,17 +176,11 @@ class Environment:
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
 
 
-class Copying:
-    """An environment without a language model: what would be earned by copying an exemplar's answer. It is
-    always `exact`, whatever the reward: one of your own needs --rehearsal 0."""
-
-    def __init__(self, pool):
-        self.pool, self.asked = pool, ()
-
-    def score(self, weights, questions, picks):
-        """1.0 where the answer of one of the picks is the reference: (N,) float64 array."""
-        return np.array([float(any(exact(self.pool[j]["output"], q["output"]) for j in p))
-                         for q, p in zip(questions, picks)])
+def copying(pool, questions, picks):
+    """What a model would earn that only copies: 1.0 where a pick's answer is the reference, (N,) float64. It
+    is always `exact`, whatever the reward: one of your own needs --rehearsal 0."""
+    return np.array([float(any(exact(pool[j]["output"], q["output"]) for j in p))
+                     for q, p in zip(questions, picks)])
 
 
 # ---- REINFORCE ---------------------------------------------------------------------------------------------
@@ -210,30 +200,28 @@ def entropy_floor(entropy, floor=0.3, weight=0.05):
 # ---- the comparison: a selector that needs the language model, figures, intervals -------------------
 
 
-def best_fixed(env, weights, questions, allowed, seed, tried=16):
-    """Of `tried` random exemplars the one that serves all questions best, whatever they ask: a baseline.
+def best_fixed(env, reward, questions, allowed, seed):
+    """Of 16 random exemplars the one that serves all questions best, whatever they ask: a control.
 
-    By successive halving: all on 8 questions each, the best quarter on 32, and so on. allowed (N, n)
-    bool: where it is not allowed, a question goes without. Returns pool indices, best first.
-    """
+    All on 8 questions each, the best quarter on 32, and so on (successive halving). allowed (N, n) bool:
+    where it is not allowed, a question goes without. Returns pool indices, best first."""
     rng = np.random.default_rng(seed)
-    left = rng.choice(allowed.shape[1], min(tried, allowed.shape[1]), replace=False).tolist()
+    left = rng.choice(allowed.shape[1], min(16, allowed.shape[1]), replace=False).tolist()
     order, n, beaten = rng.permutation(len(questions)), 8, []
     while len(left) > 1:
         some = order[:n]
         picks = [[p] if allowed[i, p] else [] for p in left for i in some]
-        score = env.score(weights, [questions[i] for i in some] * len(left), picks, "fixed")
-        score = score.reshape(len(left), -1).mean(1)
-        ranked = [left[i] for i in np.argsort(-score, kind="stable")]
+        rewards = env.score(reward, [questions[i] for i in some] * len(left), picks, "fixed")
+        mean = rewards.reshape(len(left), -1).mean(1)
+        ranked = [left[i] for i in np.argsort(-mean, kind="stable")]
         keep = max(1, len(left) // 4)
         left, beaten, n = ranked[:keep], ranked[keep:] + beaten, n * 4
     return left + beaten
 
 
 def collapse_figures(picks):
-    """Has the policy collapsed onto a few exemplars? picks: a list of pool indices per question.
-
-    distinct: exemplars used; top_pair: share of questions with one of the two most used; none: with none."""
+    """Has the policy collapsed onto a few exemplars? distinct: exemplars used; top_pair: share of questions
+    with one of the two most used; none: with none. picks: a list of pool indices per question."""
     used = np.bincount(np.array([j for row in picks for j in row], dtype=int))
     top = set(np.argsort(-used)[:2].tolist())
     return {"distinct": int((used > 0).sum()),
@@ -243,7 +231,6 @@ def collapse_figures(picks):
 
 def bootstrap(difference, groups=None):
     """[mean, low, high] of paired differences (N,): the 95 % percentile bootstrap interval (Efron 1979).
-
     groups (N,): questions of a group share what decides them, its exemplars: whole groups are resampled."""
     d = np.asarray(difference, dtype=np.float64)
     group = np.arange(len(d)) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -276,26 +263,24 @@ def lesson():
     torch.manual_seed(0)
     pays = torch.tensor([5.0, 5.2, 5.4, 5.6])
 
-    def rollouts(logits):
+    def gradient(logits, advantage):
+        """REINFORCE's estimate from one step. advantage: a function of the rewards (1, 4)."""
         arms = torch.multinomial(logits.softmax(-1), 4, replacement=True)
-        return arms, (pays[arms] + 0.1 * torch.randn(4)).view(1, 4)
-
-    def gradient(logits, arms, advantage):
-        return torch.autograd.grad((advantage.flatten() * logits.log_softmax(-1)[arms]).mean(), logits)[0]
+        rewards = (pays[arms] + 0.1 * torch.randn(4)).view(1, 4)
+        objective = (advantage(rewards) * logits.log_softmax(-1)[arms]).mean()
+        return torch.autograd.grad(objective, logits)[0]
 
     flat = torch.zeros(4, requires_grad=True)
     true = torch.autograd.grad((flat.softmax(-1) * pays).sum(), flat)[0]
     print("the true gradient of the mean reward:", " ".join(f"{g:+.3f}" for g in true))
-    for name, baseline in (("no baseline", lambda r: r), ("leave-one-out", leave_one_out)):
-        draws = [rollouts(flat) for _ in range(4000)]
-        found = torch.stack([gradient(flat, arms, baseline(r)) for arms, r in draws])
+    for name, advantage in (("no baseline", lambda rewards: rewards), ("leave-one-out", leave_one_out)):
+        found = torch.stack([gradient(flat, advantage) for _ in range(4000)])
         mean = " ".join(f"{g:+.3f}" for g in found.mean(0))
         print(f"{name:14s} mean of 4,000 estimates: {mean}   spread of one: {found.std(0).mean():.3f}")
         logits, curve = torch.zeros(4, requires_grad=True), []
         for _ in range(401):
             curve.append((logits.softmax(-1) * pays).sum().item())
-            arms, r = rollouts(logits)
-            logits = (logits + 0.1 * gradient(logits, arms, baseline(r))).detach().requires_grad_()
+            logits = (logits + 0.1 * gradient(logits, advantage)).detach().requires_grad_()
         shown = " ".join(f"{x:.3f}" for x in curve[::100])
         print(f"{'':14s} mean reward after 0, 100 .. 400 steps: {shown}")
 

@@ -31,30 +31,50 @@ SELECTORS = ("pillow", "knn", "threshold", "bm25", "random", "none")
 
 @dataclass
 class Chooser:
-    """What choosing needs: the matcher, the pool, and the selectors' settings."""
+    """What choosing needs beside the pool: the matcher, and the other selectors' settings."""
 
     matcher: matching.Matcher
-    pool: list  # examples
     encoded: matching.Encoded
     bm25: matching.BM25
     shots: int
     threshold: float
-    rng: np.random.Generator
-
-    def explain(self, h, allowed, k=5):
-        """The policy's first step: the k likeliest exemplars, their similarity and rank as neighbours."""
-        p = self.matcher.scores(h, self.encoded, torch.zeros(1, 0, dtype=torch.long), allowed).softmax(-1)[0]
-        cosine = torch.cosine_similarity(self.matcher.z(h), self.encoded.z).masked_fill(~allowed[0], -1.0)
-        print("        p  similarity  rank")
-        for j in p[:-1].topk(min(k, int(allowed.sum()))).indices.tolist():
-            rank = 1 + int((cosine > cosine[j]).sum())
-            print(f"    {p[j]:5.3f}  {cosine[j]:10.3f}  {rank:4d}  {line(self.pool[j])}")
-        print(f"    {p[-1]:5.3f}                    stop")
+    rng: np.random.Generator  # of the random selector, over a whole conversation
 
 
-def line(exemplar):
-    middle = f" | {exemplar['input']}" if exemplar["input"] else ""
-    return visible(f"{exemplar['instruction']}{middle} -> {exemplar['output']}")[:300]
+def ask(env, chooser, question, args):
+    """Answer one question under the selector, or under each of them with --compare."""
+    if any(data.quote(text) != text for text in question.values()):
+        print("(lines that look like a section heading were quoted, so that they stay part of the question)")
+    env.prompt(question, [], args.max_new_tokens)  # one that is too long by itself is refused here
+    h = env.model.features([data.encode_query(env.enc, question)])  # (1, C)
+    matcher, encoded, shots = chooser.matcher, chooser.encoded, chooser.shots
+    allowed = matching.allowed_exemplars([question], env.pool)  # (1, n)
+    selectors = matching.selectors(matcher, encoded, chooser.bm25, [question], h, allowed, shots,
+                                   chooser.threshold, chooser.rng)
+    for select in SELECTORS if args.compare else [args.select]:
+        [picks], chances = selectors[select](), []
+        print(f"\n[{select}]" + ("" if picks else " no exemplar"))
+        if select == "pillow":
+            narrowed = matcher.narrow(h, encoded, allowed)
+            [chances] = matcher.play(h, encoded, narrowed, shots)[1].tolist()  # of the same picks
+            if args.explain:
+                explain(matcher, env.pool, h, encoded, narrowed)
+            likeness = matching.similarity(matcher.z(h), encoded.z, selectors["knn"]()).item()
+            if picks and likeness < chooser.threshold:
+                print(f"(the nearest exemplar's similarity is {likeness:.2f}; on training questions "
+                      f"exemplars helped above {chooser.threshold:.2f})")
+        answer(env, question, picks, chances, args)
+
+
+def explain(matcher, pool, h, encoded, allowed, k=5):
+    """The policy's first choice: the k likeliest exemplars, their similarity and rank as neighbours."""
+    [p] = matcher.first_choice(h, encoded, allowed)  # (n + 1,)
+    cosine = torch.cosine_similarity(matcher.z(h), encoded.z).masked_fill(~allowed[0], -1.0)  # (n,)
+    print("        p  similarity  rank")
+    for j in p[:-1].topk(min(k, int(allowed.sum()))).indices.tolist():
+        rank = 1 + int((cosine > cosine[j]).sum())
+        print(f"    {p[j]:5.3f}  {cosine[j]:10.3f}  {rank:4d}  {line(pool[j])}")
+    print(f"    {p[-1]:5.3f}                    stop")
 
 
 def answer(env, question, picks, chances, args):
@@ -80,33 +100,9 @@ def answer(env, question, picks, chances, args):
     print(flush=True)
 
 
-def ask(env, chooser, question, args):
-    """Answer one question under the selector, or under each of them with --compare."""
-    if any(data.quote(text) != text for text in question.values()):
-        print("(lines that look like a section heading were quoted, so that they stay part of the question)")
-    env.prompt(question, [], args.max_new_tokens)  # one that is too long by itself is refused here
-    h = env.model.features([data.encode_query(env.enc, question)])  # (1, C)
-    matcher, encoded, shots = chooser.matcher, chooser.encoded, chooser.shots
-    allowed = matching.allowed_exemplars([question], chooser.pool)  # (1, n)
-    selectors = matching.selectors(matcher, encoded, chooser.bm25, [question], h, allowed, shots,
-                                   chooser.threshold, chooser.rng)
-    for select in SELECTORS if args.compare else [args.select]:
-        chances = None
-        if select == "pillow":  # for its probabilities, too
-            narrowed = matcher.narrow(h, encoded, allowed)
-            picks, chances = matcher.play(h, encoded, narrowed, shots)
-            (picks,), (chances,) = matching.as_lists(picks), chances.tolist()
-        else:
-            (picks,) = selectors[select]()
-        print(f"\n[{select}]" + ("" if picks else " no exemplar"))
-        if select == "pillow" and args.explain:
-            chooser.explain(h, narrowed)
-        if select == "pillow" and picks:
-            likeness = matching.similarity(matcher.z(h), encoded.z, selectors["knn"]()).item()
-            if likeness < chooser.threshold:
-                print(f"(the nearest exemplar's similarity is {likeness:.2f}; on training questions "
-                      f"exemplars helped above {chooser.threshold:.2f})")
-        answer(env, question, picks, chances, args)
+def line(exemplar):
+    middle = f" | {exemplar['input']}" if exemplar["input"] else ""
+    return visible(f"{exemplar['instruction']}{middle} -> {exemplar['output']}")[:300]
 
 
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
@@ -158,7 +154,7 @@ def load(args, p):
     encoded = matcher.encode(matching.cached_features(model, enc, pool, "the pool", digest))
     env = rl.Environment(model, enc, pool, args.max_new_tokens, block=1)  # only the chosen one
     bm25, rng = matching.BM25([data.query_text(e) for e in pool]), np.random.default_rng(args.seed)
-    return env, Chooser(matcher, pool, encoded, bm25, args.shots, settings.get("threshold", -1.0), rng)
+    return env, Chooser(matcher, encoded, bm25, args.shots, settings.get("threshold", -1.0), rng)
 
 
 @torch.no_grad()

@@ -533,7 +533,7 @@ def test_exemplars_that_do_not_fit_are_dropped_the_last_chosen_first():
     assert f"{len(ids)} tokens" in message and "context" in message
 
 
-def test_scores_are_weighted_sums_of_rewards():
+def test_rewards_are_weighted_sums_of_scores():
     env = environment()
     answers = [text for text, _ in outcomes(env)[0]]
     questions = [q | {"output": a} if n % 2 else q for n, (a, q) in enumerate(zip(answers, QUESTIONS))]
@@ -542,9 +542,9 @@ def test_scores_are_weighted_sums_of_rewards():
     one["logprob"] = np.array(env.outcomes("logprob", questions, PICKS))
     one["prob"] = np.exp(one["logprob"] * [len(data.encode_answer(env.enc, q)) for q in questions])
     assert one["exact"].sum() >= 3
-    for weights in ({"exact": 2.0}, {"rouge": 0.5, "logprob": 2.0}, {"prob": 3.0}):
-        want = sum(weight * one[name] for name, weight in weights.items())
-        close(env.score(weights, questions, PICKS), want, 1e-12)
+    for reward in ({"exact": 2.0}, {"rouge": 0.5, "logprob": 2.0}, {"prob": 3.0}):
+        want = sum(weight * one[name] for name, weight in reward.items())
+        close(env.score(reward, questions, PICKS), want, 1e-12)
     with patched(env.model, "answer_logprobs", lambda *_, **__: torch.tensor([math.nan])):
         assert "--dtype float32" in refused(env.outcomes, "logprob", QUESTIONS[:1], [[1]])
 
@@ -558,7 +558,7 @@ class Bandit:
     def __init__(self, pays):
         self.pays, self.asked, self.ddp = pays, set(), data.Processes()
 
-    def score(self, weights, questions, picks, progress=None):
+    def score(self, reward, questions, picks, progress=None):
         return np.array([self.pays(int(q["instruction"]), tuple(p)) for q, p in zip(questions, picks)])
 
 
@@ -634,8 +634,8 @@ def test_rehearsal_learns_which_exemplars_pay_without_asking_the_language_model(
     for updates, low, high in ((0, 0.0, 0.5), (150, 0.9, 1.0)):
         train_matcher.rehearse(task, tower, updates, seed=0)
         picks = matcher.select_likeliest(tower, h[16:], tower.encode(h[:16]), all_allowed(64, 16), 1)
-        assert low <= rl.Copying(task.pool).score({}, rows[16:], picks).mean() <= high
-    copied = rl.Copying(task.pool).score({}, [rows[20]] * 4, [[], [1], [0], [3, 4]])
+        assert low <= rl.copying(task.pool, rows[16:], picks).mean() <= high
+    copied = rl.copying(task.pool, [rows[20]] * 4, [[], [1], [0], [3, 4]])
     assert copied.tolist() == [0, 0, 1, 1]  # "a", as exemplars 0, 4, 8 ...
 
 

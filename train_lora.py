@@ -7,15 +7,14 @@ Fine-tune a language model with LoRA, on examples that have other examples in fr
     python train_lora.py --full --share_nearest 0 --share_random 0    # full fine-tuning, to compare with
     torchrun --nproc_per_node=2 train_lora.py          # data-parallel, the same losses in float32
 
-An ordinary LoRA never sees an exemplar, and then one in front of the question is no help, or harms. So
-training examples get one. Where rows name groups, or answers are labels, an exemplar can show just what is
-asked for: each gets one alike in question and answer, so the LoRA learns to use what it is shown, and what to
-show is left to the matcher. On other data the nearest by BM25 stands in front of most, a random one in front
-of some (which teaches when *not* to copy), none in front of the rest. --share_nearest 0 --share_random 0 is
-plain LoRA. The loss is on answers and their end tokens only, the exemplars' too.
+An ordinary LoRA (--share_nearest 0 --share_random 0) never sees an exemplar, so one in front of the question
+is no help, or harms. Here training examples get one. Where rows name groups, or answers are labels, it can
+show just what is asked for: each gets one alike in question and answer, so the LoRA learns to use what it is
+shown; what to show is left to the matcher. On other data the nearest by BM25 stands in front of most, a
+random one in front of some (which teaches when *not* to copy), none in front of the rest. The loss is on
+answers and their end tokens only, the exemplars' too.
 """
 
-import functools
 import math
 import random
 import re
@@ -58,12 +57,9 @@ class Texts:
         return fronts
 
     def batch(self, rows, fronts, device, train_on_exemplars=True):
-        """-> ids (B, T), where (N,) flat positions whose next token is an answer's, targets (N,) those
-        tokens, lengths (B,).
-
-        An exemplar's answer counts while training: it is an example, too, and its forward pass is paid for.
-        Its target ends with the end token, though the text goes on.
-        """
+        """-> ids (B, T), where (N,), targets (N,), lengths (B,): at the flat positions `where` the next token
+        is an answer's, `targets`. An exemplar's answer counts while training: it is an example, too, and its
+        forward pass is paid for. Its target ends with the end token, though the text goes on."""
         sequences, spots, targets = [], [], []
         between, begin = data.encode(self.enc, data.BETWEEN), len(self.enc.begin_ids)
         for b, (i, front) in enumerate(zip(rows, fronts)):
@@ -71,12 +67,12 @@ class Texts:
             for j in [*front, i]:
                 ids = ids + between + self.questions[j][begin:] if ids else self.questions[j]
                 if train_on_exemplars or j == i:
-                    spots.append((b, len(ids) - 1, len(self.answers[j])))
+                    spots += [(b, t) for t, _ in enumerate(self.answers[j], len(ids) - 1)]  # t predicts t + 1
                     targets += self.answers[j]
                 ids = ids + self.answers[j][:-1]  # the end token is a target, never an input
             sequences.append(ids)
         ids, lengths = pad(sequences, device)
-        where = [b * ids.shape[1] + first + t for b, first, n in spots for t in range(n)]
+        where = [b * ids.shape[1] + t for b, t in spots]
         return ids, torch.tensor(where, device=device), torch.tensor(targets, device=device), lengths
 
 
@@ -97,10 +93,8 @@ def learning_rate(step, steps, peak, warmup):
 
 @torch.inference_mode()
 def held_out_loss(model, texts, ddp):
-    """Mean loss per answer token of held-out questions, with exemplars in the training shares.
-
-    The exemplars' own answers do not count: without groups they are training answers, better memorised the
-    longer it goes on."""
+    """Mean loss per answer token of held-out questions, with exemplars in the training shares. The exemplars'
+    own answers, without groups training answers, do not count: they are memorised as it goes on."""
     model.eval()
     rows = list(range(texts.n, len(texts.questions)))
     fronts = texts.exemplars(rows, random.Random(0))
@@ -222,8 +216,7 @@ def read_flags():
 
 def load_texts(args, n_ctx, enc, parts):
     """Encode the LoRA's training and held-out examples, and find what may stand in front of each."""
-    train, val = parts["lora_train"], parts["lora_val"][:64]
-    rows = train + val
+    rows, n = parts["lora_train"] + parts["lora_val"][:64], len(parts["lora_train"])
     questions, answers = ([code(enc, e) for e in rows] for code in (data.encode_query, data.encode_answer))
     if args.share_nearest is None:
         args.share_nearest = min(1.0 if can_show_the_answer(rows) else 0.7, 1 - (args.share_random or 0))
@@ -235,8 +228,7 @@ def load_texts(args, n_ctx, enc, parts):
     if (longest := sum(lengths[-1 - args.shots * any(shares) :])) > n_ctx:
         raise UserError(f"--max_tokens {args.max_tokens} and --shots {args.shots} let an example take "
                         f"{longest:,} tokens; the model's context is {n_ctx}")
-    near = neighbours(rows, len(train), args.shots)
-    return Texts(questions, answers, len(train), near, shares, args.shots, enc)
+    return Texts(questions, answers, n, neighbours(rows, n, args.shots), shares, args.shots, enc)
 
 
 def can_show_the_answer(rows):
@@ -247,12 +239,10 @@ def can_show_the_answer(rows):
 def neighbours(rows, n, shots):
     """-> near(i), row i's nearest other examples by BM25. Of `rows` the first n are for training.
 
-    Where rows name a group, others of the same one. Those that can show the answer are alike in question,
-    answer and the shape of numbers (every digit a 0), others in the question. Groups are split whole, so a
-    held-out one's examples stand behind held-out ones; without groups all stand behind training examples. By
-    words, though the matcher goes by features: so no example has to be read first.
-    """
-    grouped, members = all("group" in e for e in rows), {}
+    They are alike in the question or, where one can show the answer, in question, answer and the shape of
+    numbers (every digit a 0). Where rows name a group they are of the same one, and held out if row i is;
+    else all are training examples. By words, not by features: so no example has to be read first."""
+    grouped, members = all("group" in e for e in rows), {}  # {kind: the rows that may stand in front of it}
     kinds = [(e["group"], i < n) if grouped else None for i, e in enumerate(rows)]
     texts = [data.query_text(e) for e in rows]
     if can_show_the_answer(rows):
@@ -260,14 +250,11 @@ def neighbours(rows, n, shots):
     for i, kind in enumerate(kinds):
         if grouped or i < n:  # a held-out answer is never trained on, not even in front of another
             members.setdefault(kind, []).append(i)
-
-    @functools.cache  # made when it is asked for: an ordinary LoRA needs none
-    def bm25(kind):
-        return matching.BM25([texts[j] for j in members[kind]])
+    bm25 = {kind: matching.BM25([texts[j] for j in some]) for kind, some in members.items()}
 
     def near(i):
         others = members[kinds[i]]
-        [picks] = bm25(kinds[i]).select([texts[i]], [[j != i for j in others]], shots)
+        [picks] = bm25[kinds[i]].select([texts[i]], [[j != i for j in others]], shots)
         return [others[j] for j in picks]
 
     return near

@@ -9,15 +9,15 @@ Train the matching network with REINFORCE, then compare it with every other way 
     torchrun --nproc_per_node=2 train_matcher.py     # rollouts shared out over processes
 
 Data, split and model come from the adapter in out/lora, so nothing that the LoRA was trained on is asked
-here (nor with --data). Features are those of the LoRA-tuned model, computed once and cached. Where answers
-are labels, a rehearsal without the model is all the training there is by default (see `rehearse`). The
-matcher kept is the one with the best greedy reward on validation questions; test questions are opened once,
-at the end, for all selectors together.
+here (nor with --data). Features are the LoRA-tuned model's, computed once. Where answers are labels, a
+rehearsal without the model is all the training there is by default (see `rehearse`). The matcher kept has the
+best greedy reward on validation questions; test questions are opened once, at the end, for all selectors.
 """
 
 import copy
+import functools
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +62,9 @@ class Task:
 # ---- the loop --------------------------------------------------------------------------------------
 
 
-def reinforce(task, matcher, optimizer, rng, batch_size, rollouts):
-    """One update, on `batch_size` training questions with K = `rollouts` each -> its figures."""
+def reinforce(task, matcher, optimizer, rng, batch_size, rollouts, score):
+    """One update, on B training questions with K rollouts each -> its figures. score(questions, picks) ->
+    their rewards, (B K,): the task's, or in rehearsal those of copying."""
     rows = torch.randperm(len(task.questions["train"]), generator=rng)[:batch_size]
     h = task.h["train"][rows]  # (B, C)
     encoded = matcher.encode(task.h_pool("train"))
@@ -71,7 +72,7 @@ def reinforce(task, matcher, optimizer, rng, batch_size, rollouts):
     picks = matcher.sample(h, encoded, allowed, task.shots, rollouts, rng)  # (B, K, m)
     questions = [task.questions["train"][i] for i in rows for _ in range(rollouts)]
     chosen = matching.as_lists(picks)
-    rewards = torch.from_numpy(task.env.score(task.reward, questions, chosen)).view(len(rows), -1)  # (B, K)
+    rewards = torch.from_numpy(score(questions, chosen)).view(len(rows), -1)  # (B, K)
 
     advantage = rl.leave_one_out(rewards)
     log_pi, entropy = matcher.log_prob(h, encoded, picks, allowed)  # (B, K)
@@ -87,22 +88,17 @@ def reinforce(task, matcher, optimizer, rng, batch_size, rollouts):
             **rl.collapse_figures(chosen)}
 
 
-def decay(optimizer, lr, done):
-    """The learning rate falls to zero as `done` rises to 1, so that late updates, mostly noise, move less."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * (1 - done)
-
-
 def train(task, matcher, optimizer, log, args, keep):
     """REINFORCE from the log's last step on; every `eval_every` steps the matcher is validated and saved."""
     interrupt, start, ddp = data.Interrupt(), time.perf_counter(), task.env.ddp
+    [group], score = optimizer.param_groups, functools.partial(task.env.score, task.reward)
     done, best = log[-1]["step"], max(row["held_out"] for row in log if "held_out" in row)
     bar = tqdm(total=args.steps, initial=done, desc="REINFORCE", disable=ddp.rank > 0)
     for step in range(done, args.steps):
         rng = torch.Generator().manual_seed((args.seed << 20) + step)  # a resumed run draws the same
-        decay(optimizer, args.lr, step / args.steps)
-        row = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"],
-               **reinforce(task, matcher, optimizer, rng, args.batch_size, args.rollouts),
+        group["lr"] = args.lr * (1 - step / args.steps)  # late updates, mostly noise, move less
+        row = {"step": step + 1, "lr": group["lr"],
+               **reinforce(task, matcher, optimizer, rng, args.batch_size, args.rollouts, score),
                "seconds": round(time.perf_counter() - start, 1)}
         log.append(row)
         bar.set_postfix_str(f"reward {row['reward']:.3f}, entropy {row['entropy']:.2f}, {row['calls']} calls")
@@ -123,14 +119,14 @@ def train(task, matcher, optimizer, log, args, keep):
 
 
 def begin(task, matcher, args):
-    """Where REINFORCE starts: as sharp as the pool asks for, stopping as a threshold would on free text,
-    rehearsed if it helps, validated -> the log."""
+    """Where REINFORCE starts -> the log: on free text it stops where a threshold would, its scale suits the
+    pool, it is rehearsed if that helps, and validated."""
     matcher.standardise(task.h_pool("train"))
-    h, encoded = task.h["train"][:256], matcher.encode(task.h_pool("train"))
-    allowed = matcher.narrow(h, encoded, task.allowed["train"][:256])
     # stop_prior None (free text): *stop* starts as the tuned threshold; 0 (short answers): hardly ever
     if args.stop_prior is None:
         matcher.stop_below(threshold_on_training(task, matcher))
+    h, encoded = task.h["train"][:256], matcher.encode(task.h_pool("train"))
+    allowed = matcher.narrow(h, encoded, task.allowed["train"][:256])
     matcher.sharpen(h, encoded, allowed)
     if args.stop_prior:
         matcher.set_stop_prior(args.stop_prior, h, encoded, allowed)
@@ -148,16 +144,16 @@ def begin(task, matcher, args):
     return [{"step": 0} | row | {"calls": len(task.env.asked)}]
 
 
-def rehearse(task, matcher, steps, seed, batch_size=64, rollouts=8, lr=1e-3):
+def rehearse(task, matcher, steps, seed):
     """REINFORCE against a model that only copies the exemplar's answer; the real one is not asked.
 
     Where answers are labels this tells most of what a choice is worth, and it is free: the language model's
     rewards are dear, so few, and few are mostly noise."""
-    copying, optimizer = replace(task, env=rl.Copying(task.pool)), torch.optim.Adam(matcher.parameters())
+    optimizer, score = torch.optim.Adam(matcher.parameters()), functools.partial(rl.copying, task.pool)
     for step in tqdm(range(steps), desc="rehearsal", disable=task.env.ddp.rank > 0):
-        decay(optimizer, lr, step / steps)
-        reinforce(copying, matcher, optimizer, torch.Generator().manual_seed((seed << 20) + step), batch_size,
-                  rollouts)
+        rng = torch.Generator().manual_seed((seed << 20) + step)
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        reinforce(task, matcher, optimizer, rng, batch_size=64, rollouts=8, score=score)
 
 
 @torch.no_grad()
@@ -172,18 +168,17 @@ def validate(task, matcher):
 # ---- the comparison, on questions never seen ---------------------------------------------------------
 
 
-def threshold_on_training(task, matcher, limit=200):
-    """The similarity above which training questions are better off with their nearest exemplar."""
-    z, z_pool = matcher.z(task.h["train"][:limit]), matcher.z(task.h_pool("train"))
-    questions = task.questions["train"][:limit]
-    near = matching.select_nearest(z, z_pool, task.allowed["train"][:limit], task.shots)
+def threshold_on_training(task, matcher):
+    """The similarity above which training questions, the first 200, gain by their nearest exemplar."""
+    h, questions, allowed = (x["train"][:200] for x in (task.h, task.questions, task.allowed))
+    z, z_pool = matcher.z(h), matcher.z(task.h_pool("train"))
+    near = matching.select_nearest(z, z_pool, allowed, task.shots)
     behind, alone = (task.env.score(task.reward, questions, p, "threshold") for p in (near, [[]] * len(near)))
     return matching.tune_threshold(matching.similarity(z, z_pool, near), torch.from_numpy(behind - alone))
 
 
 def oracle(task, matcher, chosen, best, tried):
     """For each test question the best of all selectors' choices and its `tried` nearest, reference in hand.
-
     best (N,): the highest score so far; where nothing can be better, the neighbours are not tried."""
     z, z_pool = matcher.z(task.h["test"]), matcher.z(task.h_pool("test"))
     near = matching.select_nearest(z, z_pool, task.allowed["test"], tried)
@@ -191,9 +186,9 @@ def oracle(task, matcher, chosen, best, tried):
     tries = [[picks[b] for picks in chosen.values()] + [[j] for j in near[b] if best[b] < perfect]
              for b in range(len(near))]
     questions = [q for q, some in zip(task.questions["test"], tries) for _ in some]
-    score = task.env.score({task.headline: 1.0}, questions, sum(tries, []), "oracle")
+    scores = task.env.score({task.headline: 1.0}, questions, sum(tries, []), "oracle")
     ends = np.cumsum([len(some) for some in tries])
-    return [some[int(np.argmax(score[end - len(some) : end]))] for some, end in zip(tries, ends)]
+    return [some[int(np.argmax(scores[end - len(some) : end]))] for some, end in zip(tries, ends)]
 
 
 @torch.no_grad()
@@ -233,11 +228,11 @@ def swap_pool(task, matcher):
     if old == len(task.pool):
         return {}
     h, encoded, allowed = task.h["test"], matcher.encode(task.h["pool"][old:]), task.allowed["test"][:, old:]
-    picks = {"knn": matching.select_nearest(matcher.z(h), encoded.z, allowed, task.shots),
-             "pillow": matching.select_likeliest(matcher, h, encoded, allowed, task.shots)}
-    return {who: task.env.score({task.headline: 1.0}, task.questions["test"],
-                                [[j + old for j in row] for row in rows], "swapped pool").mean().item()
-            for who, rows in picks.items()}
+    chosen = {"knn": matching.select_nearest(matcher.z(h), encoded.z, allowed, task.shots),
+              "pillow": matching.select_likeliest(matcher, h, encoded, allowed, task.shots)}
+    return {selector: task.env.score({task.headline: 1.0}, task.questions["test"],
+                                     [[j + old for j in row] for row in picks], "swapped pool").mean().item()
+            for selector, picks in chosen.items()}
 
 
 # ---- plumbing: skip on a first reading -----------------------------------------------------------------
@@ -263,7 +258,7 @@ def summarise(task, scores, chosen):
             "gap_closed": (pillow - none) / (best - none) if best > none else None,
             "collapse": rl.collapse_figures(chosen["pillow"]), "n_pool": len(task.pool),
             "n_matcher_train": len(task.questions["train"]),
-            "dropped_exemplars": sum(task.env.prompt(q, picks, task.env.room(task.reward, q))[2]
+            "dropped_exemplars": sum(task.env.prompt(q, picks, task.env.new_tokens(task.reward, q))[2]
                                      for q, picks in zip(test, chosen["pillow"])),
             "cut_answers": sum(cut for _, cut in answers),
             "empty_answers": sum(not text for text, _ in answers),
@@ -364,7 +359,7 @@ def read_adapter(folder, out):
 
 
 def read_matcher(folder, adapter):
-    """The settings of a matcher whose training has ended, as they would be typed now."""
+    """The settings of a matcher whose training has ended, as they would be typed now, and its "llm_calls"."""
     settings = matching.load(folder)[1]
     if "llm_calls" not in settings:
         raise UserError(f"{folder}: its training did not end; go on with --resume")
@@ -423,7 +418,7 @@ def load(args, p, ddp):
 
     questions = {"train": parts["matcher_train"][: args.n_train], "val": parts["val"][: args.n_val],
                  "test": parts["test"][: args.n_test]}
-    n = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
+    pool_sizes = dict.fromkeys(questions, len(pool)) if own_pool else parts["pool_sizes"]
     every = [q for part in questions.values() for q in part]
     lora.load(model, folder)
     lora.merge(model)  # features and rollouts at the speed of the plain model
@@ -432,12 +427,12 @@ def load(args, p, ddp):
     env = rl.Environment(model, enc, pool, args.max_new_tokens, f"{model.fingerprint} {digest} {dtype}",
                          args.memo, cache_bytes=int(args.cache_gb * 2**30), ddp=ddp)
     for question in every:  # one that is too long is found now
-        env.prompt(question, [], env.room(args.reward, question))
+        env.prompt(question, [], env.new_tokens(args.reward, question))
     places = ("out", "resume", "threads", "device", "eval_only", "memo", "sft", "cache_gb")
     settings = {k: v for k, v in vars(args).items() if k not in places} | made_from
     about = {k: settings[k] for k in ("model", "data", "shots", "seed", "dtype")}
     about["examples"] = {"read": len(examples), "kept": len(kept), "max_tokens": adapter["max_tokens"]}
-    return args, Task(pool, questions, h, n, env, args.reward, args.shots), settings, sft, about
+    return args, Task(pool, questions, h, pool_sizes, env, args.reward, args.shots), settings, sft, about
 
 
 def divide(args, enc, trained_on, examples, adapter, folder):
@@ -468,7 +463,6 @@ def train_and_save(task, args, settings):
     matcher = matching.Matcher(task.h["pool"].shape[1], args.hidden, args.candidates)
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
     tensors = matcher.state_dict(keep_vars=True)
-    compared = "n_test", "n_answers", "oracle"  # a run that goes on may have others
 
     def keep(better=False):
         if env.ddp.rank > 0:
@@ -478,7 +472,8 @@ def train_and_save(task, args, settings):
         memo = {k: env.memo[k] for k in sorted(env.asked)}  # what else a --memo knows, it keeps
         data.save_run(path, tensors, optimizer, log, settings, memo=memo)
 
-    if args.resume and (state := data.resume_run(path, tensors, optimizer, settings, free=compared)):
+    free = "n_test", "n_answers", "oracle"  # of the comparison: a run that goes on may have others
+    if args.resume and (state := data.resume_run(path, tensors, optimizer, settings, free)):
         log, env.asked, env.memo = state["log"], set(state["memo"]), env.memo | state["memo"]
     else:
         log = begin(task, matcher, args)
