@@ -440,7 +440,8 @@ def make_encoding(spec, name, ends=()):
     # GPT-2 spells each byte as a letter: itself where that is visible, else one from chr(256) on.
     byte = {chr(b): b for b in range(33, 256) if chr(b).isprintable()}
     byte |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*byte.values()}))}
-    made = dict.fromkeys(vocab["".join(pair).replace(" ", "")] for pair in model["merges"])  # or "left right"
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    made = dict.fromkeys(vocab[left + right] for left, right in pairs)
     if list(made) != sorted(made):
         raise ValueError("its ids are not in the order of its merges")
     ranks = {bytes(byte[letter] for letter in token): i for token, i in vocab.items()

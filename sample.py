@@ -52,15 +52,18 @@ def ask(env, chooser, question, args):
     selectors = matching.selectors(matcher, encoded, chooser.bm25, [question], h, allowed, shots,
                                    chooser.threshold, chooser.rng)
     for select in SELECTORS if args.compare else [args.select]:
-        [picks], chances = selectors[select](), []
-        print(f"\n[{select}]" + ("" if picks else " no exemplar"))
-        if select == "pillow":
+        if select == "pillow":  # as its selector does, for its probabilities, too
             narrowed = matcher.narrow(h, encoded, allowed)
-            [chances] = matcher.play(h, encoded, narrowed, shots)[1].tolist()  # of the same picks
-            if args.explain:
-                explain(matcher, env.pool, h, encoded, narrowed)
+            picks, chances = matcher.play(h, encoded, narrowed, shots)
+            [picks], [chances] = matching.as_lists(picks), chances.tolist()
+        else:
+            [picks], chances = selectors[select](), []
+        print(f"\n[{select}]" + ("" if picks else " no exemplar"))
+        if select == "pillow" and args.explain:
+            explain(matcher, env.pool, h, encoded, narrowed)
+        if select == "pillow" and picks:
             likeness = matching.similarity(matcher.z(h), encoded.z, selectors["knn"]()).item()
-            if picks and likeness < chooser.threshold:
+            if likeness < chooser.threshold:
                 print(f"(the nearest exemplar's similarity is {likeness:.2f}; on training questions "
                       f"exemplars helped above {chooser.threshold:.2f})")
         answer(env, question, picks, chances, args)

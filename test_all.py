@@ -1159,6 +1159,7 @@ def test_tokenizers_that_would_differ_are_refused_by_name():
     cases = {
         "Lowercase": tokenizer(normalizer={"type": "Lowercase"}), "WordPiece": tokenizer(type="WordPiece"),
         "ids up to": tokenizer(vocab=vocab | {"x!": V}, merges=[*MERGES, "x !"]), "KeyError": {},
+        "too many": tokenizer(merges=[*MERGES[:3], "he ll o", *MERGES[4:]]),
         "lstrip": added(plain, {"<think>": {"lstrip": True}}), "dropout": tokenizer(dropout=0.1),
         "byte_fallback": tokenizer(byte_fallback=True), "not_yet_invented": tokenizer(not_yet_invented=1),
         **{word: plain | {"post_processor": post} for word, post in posts.items()},
